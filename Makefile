@@ -1,0 +1,42 @@
+# Every target sets up $(VENV) first, where it is missing or older than the pins.
+PYTHON ?= python3
+VENV ?= .venv
+# Arguments for the target's command: make test ARGS="-k recurrent"
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench train clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/generate.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+train: $(STAMP)
+	$(BIN)/python examples/train.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first, so that nothing else decides which build of it is installed. The build back end
+# comes before the project, so that its version is pinned too.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): some minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation --editable ".[test,examples,bench,dev]"
+	@touch $@
