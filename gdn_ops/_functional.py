@@ -1,0 +1,79 @@
+"""The functional operators, ``chunk`` and ``recurrent``: one schema, two scans."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import Sizes, arithmetic_dtype, check_initial_state, check_qkv
+from ._library import register_operator
+from ._recurrence import StartScan, Tokens, initial_states, state_blocks
+from ._sequences import Bounds, as_index, new_output
+from ._slots import check_bounds
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? g=None, Tensor? beta=None, Tensor? initial_state=None, "
+    "Tensor? cu_seqlens=None, *, float? scale=None, bool use_qk_l2norm=False) "
+    "-> (Tensor o, Tensor final_state)"
+)
+
+
+def register_functional(name: str, start: StartScan) -> None:
+    """Define ``torch.ops.gdn.<name>`` by the scan that computes it."""
+    register_operator(name + _SCHEMA, _reference(name, start), _fake(name))
+
+
+def _new_final_state(initial_state: Tensor | None, q: Tensor, sizes: Sizes) -> Tensor:
+    dtype = arithmetic_dtype(q.dtype) if initial_state is None else initial_state.dtype
+    return q.new_empty((sizes.N, sizes.HV, sizes.V, sizes.K), dtype=dtype)
+
+
+def _reference(name: str, start: StartScan) -> Callable[..., tuple[Tensor, Tensor]]:
+    def reference(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None = None,
+        beta: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        use_qk_l2norm: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        sizes = check_qkv(name, q, k, v, g, beta, cu_seqlens)
+        check_initial_state(name, initial_state, q, sizes)
+        check_bounds(name, cu_seqlens, sizes.T)
+        tokens = Tokens.of(q, k, v, g, beta, scale, use_qk_l2norm)
+        bounds = Bounds.of(q, cu_seqlens)
+        o = new_output(v, bounds, range(bounds.count))
+        final = _new_final_state(initial_state, q, sizes)
+        for n in (n for n, length in enumerate(bounds.lengths) if length == 0):
+            final[n] = 0 if initial_state is None else initial_state[n]
+        scan = start(tokens, o)
+        for block in state_blocks(tokens, bounds):
+            S = scan(block, initial_states(initial_state, block, tokens, sizes), None)
+            final[as_index(block.ids, final.device)] = S.to(final.dtype)
+        return o, final
+
+    return reference
+
+
+def _fake(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def fake(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None = None,
+        beta: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        sizes = check_qkv(name, q, k, v, g, beta, cu_seqlens)
+        check_initial_state(name, initial_state, q, sizes)
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        return o, _new_final_state(initial_state, q, sizes)
+
+    return fake

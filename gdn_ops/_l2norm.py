@@ -1,0 +1,18 @@
+"""The l2 norm of queries and keys, ``x * rsqrt(sum(x * x) + 1e-6)`` over the last dimension."""
+
+import torch
+from torch import Tensor
+
+_EPS = 1e-6
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """Normalise the last dimension; the epsilon stands inside the root."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPS)
+
+
+def l2norm_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of ``l2norm(x)``: ``r * (dy - y * <y, dy>)`` with ``r`` the factor of ``x``."""
+    r = torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPS)
+    y = x * r
+    return r * (dy - y * (y * dy).sum(-1, keepdim=True))

@@ -1,0 +1,1 @@
+"""The operators under other libraries' names and models."""

@@ -1,0 +1,44 @@
+"""What every test runs under: one thread, memory that is NaN until it is written, a device."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# cuBLAS refuses to run under deterministic algorithms without it; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# The same examples on every machine and on every run: a failure is one that others can repeat.
+hypothesis.settings.register_profile(
+    "gdn", deadline=None, derandomize=True, database=None, max_examples=20
+)
+hypothesis.settings.load_profile("gdn")
+
+GPU_IS_REQUIRED = os.environ.get("GDN_REQUIRE_GPU") == "1"
+
+
+def _devices():
+    devices = ["cpu"]
+    if torch.cuda.is_available() or GPU_IS_REQUIRED:
+        devices.append(pytest.param("cuda", marks=pytest.mark.gpu))
+    return devices
+
+
+@pytest.fixture(scope="session", params=_devices())
+def device(request):
+    """Where the operators under test run; the oracles always run on the CPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.fail("GDN_REQUIRE_GPU=1, and torch finds no GPU")
+    return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nan_filled_empties():
+    """Fill what ``torch.empty`` and its kin return with NaN: what is left unwritten is seen."""
+    # Shapes are small: a second thread costs more than it brings, on a busy machine seven times.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
