@@ -1,0 +1,345 @@
+"""The operators against Hugging Face's PyTorch functions on a CPU, side by side.
+
+    python benchmarks/cpu.py [--repeats N] [--threads N] [--only NAME] [--json PATH]
+
+Both sides are called in turn, in one process, on the same inputs; peak memory is that of one call
+in a process of its own. Nothing is timed that a float64 loop over tokens does not confirm first.
+What is compared, and how, is in benchmarks/README.md.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import rich.box
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import gdn_ops
+
+Tensors = tuple[torch.Tensor, ...]
+Call = Callable[[], Tensors]
+
+SIDES = ("ours", "theirs")
+SYMBOLS = ("B", "T", "H", "HV", "K", "V")
+# A sample calls often enough to last this long, so that the clock and one interrupt do not show.
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; ``speed`` and ``memory`` are the targets, None where there is none."""
+
+    name: str  # prefill, train, decode_ (in place) or decode
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    speed: float | None = None  # at least so many times as fast
+    memory: float | None = None  # at most this part of the peak memory
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.B, self.T, self.H, self.HV, self.K, self.V
+
+    @property
+    def measures_memory(self) -> bool:
+        return self.name in ("prefill", "train")
+
+
+ROWS = (
+    Row("prefill", 1, 2048, 16, 32, 128, 128, speed=2, memory=0.5),
+    Row("prefill", 4, 256, 16, 32, 128, 128, speed=2, memory=0.5),
+    Row("train", 4, 256, 16, 32, 128, 128),
+    Row("train", 8, 512, 2, 4, 32, 32),
+    Row("decode_", 1, 1, 16, 32, 128, 128, speed=1),
+    Row("decode_", 16, 1, 16, 32, 128, 128, speed=5),
+    Row("decode", 1, 1, 16, 32, 128, 128),
+    Row("decode", 16, 1, 16, 32, 128, 128),
+)
+
+
+def hugging_face():
+    """The two functions of the model code, without the dispatch to an installed library."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that find no GPU
+        from transformers.models.qwen3_next import modeling_qwen3_next as model_code
+    functions = (
+        model_code.torch_chunk_gated_delta_rule,
+        model_code.torch_recurrent_gated_delta_rule,
+    )
+    return [getattr(function, "__wrapped__", function) for function in functions]
+
+
+def make_inputs(row: Row) -> list[torch.Tensor]:
+    """``q k v g beta`` and a V-major state: what a layer of the model passes on, in float32."""
+    random = torch.Generator().manual_seed(0)
+    B, T, H, HV, K, V = row.shape
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=random)
+
+    # A in [1, 16] and a time step of 0.001 to 0.1, as checkpoints are initialised.
+    A = 1 + 15 * torch.rand(HV, generator=random)
+    time_step = 10 ** (-3 + 2 * torch.rand(HV, generator=random))
+    dt_bias = time_step + torch.log(-torch.expm1(-time_step))
+    g = gdn_ops.gdn_gate(normal(B, T, HV), A.log(), dt_bias)
+    beta = normal(B, T, HV).sigmoid()
+    q, k, v = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, HV, V)
+    return [q, k, v, g, beta, 0.1 * normal(B, HV, V, K)]
+
+
+def our_call(row: Row, inputs: list[torch.Tensor]) -> Call:
+    *tokens, state = inputs
+    if row.name == "decode_":
+        return lambda: (gdn_ops.recurrent_(*tokens, state, use_qk_l2norm=True), state)
+    function = gdn_ops.recurrent if row.name == "decode" else gdn_ops.chunk
+    return lambda: function(*tokens, state, use_qk_l2norm=True)
+
+
+def their_call(row: Row, inputs: list[torch.Tensor]) -> Call:
+    chunked, recurrent = hugging_face()
+    function = chunked if row.name in ("prefill", "train") else recurrent
+    q, k, v, g, beta, state = inputs
+    # Their state is K-major: a contiguous one, but a view where the gradient of ours is wanted.
+    keywords = {
+        "g": g,
+        "beta": beta,
+        "initial_state": state.mT if state.requires_grad else state.mT.contiguous(),
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+    }
+    return lambda: function(q, k, v, **keywords)
+
+
+def make_call(row: Row, side: str, inputs: list[torch.Tensor]) -> Call:
+    """A call of one side; it returns the outputs and, for training, the gradients."""
+    forward = {"ours": our_call, "theirs": their_call}[side](row, inputs)
+
+    def inference() -> Tensors:
+        with torch.no_grad():
+            return forward()
+
+    def training() -> Tensors:
+        o, final_state = forward()
+        loss = (o * o).sum() + final_state.sum()
+        return o, final_state, *torch.autograd.grad(loss, inputs)
+
+    return training if row.name == "train" else inference
+
+
+def exact_answer(row: Row, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same in float64, token by token, from the formula."""
+    inputs = [x.detach().double().requires_grad_(row.name == "train") for x in inputs]
+    q, k, v, g, beta, S = inputs
+    q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    repeats = row.HV // row.H
+    q = q.repeat_interleave(repeats, 2) * row.K**-0.5
+    k = k.repeat_interleave(repeats, 2)
+    outputs = []
+    for t in range(q.shape[1]):
+        S = g[:, t, :, None, None].exp() * S
+        u = beta[:, t, :, None] * (v[:, t] - (S @ k[:, t, :, :, None]).squeeze(-1))
+        S = S + u[..., :, None] * k[:, t, :, None, :]
+        outputs.append((S @ q[:, t, :, :, None]).squeeze(-1))
+    o = torch.stack(outputs, 1)
+    if row.name != "train":
+        return [o, S]
+    return [o, S, *torch.autograd.grad((o * o).sum() + S.sum(), inputs)]
+
+
+def largest(x: torch.Tensor) -> float:
+    return x.detach().abs().max().item()
+
+
+def check(row: Row) -> None:
+    """Compare both sides with the exact answer, on two key heads and at most 100 tokens.
+
+    Raises:
+        SystemExit: an error of ours is more than twice that of theirs, beyond the rounding of a sum
+            of ``K`` terms.
+    """
+    small = Row(row.name, 1, min(row.T, 100), 2, 2 * row.HV // row.H, row.K, row.V)
+    errors = {}
+    for side in SIDES:
+        inputs = [x.requires_grad_(row.name == "train") for x in make_inputs(small)]
+        exact = exact_answer(small, inputs)
+        o, final_state, *gradients = make_call(small, side, inputs)()
+        answer = [o, final_state if side == "ours" else final_state.mT, *gradients]
+        errors[side] = [largest(x.double() - y) for x, y in zip(answer, exact, strict=True)]
+    rounding = [row.K**0.5 * torch.finfo(torch.float32).eps * largest(x) for x in exact]
+    for ours, theirs, slack in zip(errors["ours"], errors["theirs"], rounding, strict=True):
+        if not ours <= 2 * theirs + slack:
+            raise SystemExit(f"{row.name} {row.shape}: off by {ours:.3g}, theirs by {theirs:.3g}")
+
+
+def timed(call: Callable[[], object], number: int) -> float:
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number
+
+
+def measure_times(row: Row, repeats: int, advance: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each repeat of each side; the sides take turns at going first."""
+    calls = {}
+    for side in SIDES:
+        inputs = [x.requires_grad_(row.name == "train") for x in make_inputs(row)]
+        calls[side] = make_call(row, side, inputs)
+    for call in calls.values():
+        call()
+    numbers = {s: math.ceil(SAMPLE_SECONDS / timed(call, 1)) for s, call in calls.items()}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    gc.disable()
+    for repeat in range(repeats):
+        for side in SIDES if repeat % 2 else reversed(SIDES):
+            seconds[side].append(timed(calls[side], numbers[side]))
+        advance()
+    gc.enable()
+    return seconds
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS``, the memory in use now, or ``VmHWM``, its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"no {field} in /proc/self/status")
+
+
+def peak_of_one_call(row: Row, side: str) -> int:
+    """Bytes by which one call raises this process's memory, the results included."""
+    tiny = Row(row.name, 1, 64, 2, 2 * row.HV // row.H, row.K, row.V)
+    for shape in (tiny, row):  # the first is to load the libraries
+        inputs = [x.requires_grad_(row.name == "train") for x in make_inputs(shape)]
+        call = make_call(shape, side, inputs)
+        if shape is tiny:
+            call()
+    if not sys.platform.startswith("linux"):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from now
+    before = resident_bytes("VmRSS")
+    call()
+    return resident_bytes("VmHWM") - before
+
+
+def measure_peak(row: Row, side: str, threads: int) -> int:
+    command = [sys.executable, __file__, "--threads", str(threads)]
+    command += ["--peak", f"{ROWS.index(row)}", side]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def summary(row: Row, seconds: dict[str, list[float]], peak: dict[str, int]) -> dict:
+    """The numbers of a row, the ratios, and whether the targets are met."""
+    median = {side: statistics.median(values) for side, values in seconds.items()}
+    speed = median["theirs"] / median["ours"]
+    memory = peak["ours"] / peak["theirs"] if peak else None
+    met = {}
+    if row.speed is not None:
+        met[f"at least {row.speed:g} times as fast"] = speed >= row.speed
+    if row.memory is not None:
+        met[f"at most {row.memory:g} of the peak memory"] = memory <= row.memory
+    return {
+        "row": row.name,
+        "shape": dict(zip(SYMBOLS, row.shape, strict=True)),
+        "seconds": seconds,
+        "median_seconds": median,
+        "peak_bytes": peak,
+        "speed": speed,
+        "memory": memory,
+        "targets": met,
+    }
+
+
+def show(console: Console, results: list[dict]) -> None:
+    title = "ours / theirs: medians, and peak memory of one call"
+    table = Table(title=title, box=rich.box.SIMPLE, pad_edge=False)
+    table.add_column("row")
+    for column in (" ".join(SYMBOLS), "ms", "speed", "MiB", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    verdicts = []
+    for result in results:
+        name, shape = result["row"], " ".join(map(str, result["shape"].values()))
+        times = " / ".join(f"{1e3 * t:.2f}" for t in result["median_seconds"].values())
+        peaks = " / ".join(f"{p / 2**20:.0f}" for p in result["peak_bytes"].values())
+        memory = f"{result['memory']:.2f}" if peaks else ""
+        table.add_row(name, shape, times, f"{result['speed']:.2f}", peaks, memory)
+        for rule, met in result["targets"].items():
+            verdicts.append(f"{'met   ' if met else 'MISSED'}  {name} {shape}: {rule}")
+    console.print(table)
+    console.print("\n".join(verdicts), highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15, help="samples of each side of a row")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", help="only the rows of this name")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(peak_of_one_call(ROWS[int(args.peak[0])], args.peak[1]))
+        return
+    rows = [row for row in ROWS if args.only in (None, row.name)]
+    console = Console()
+    results = []
+    with Progress(console=console, transient=True) as progress:
+        for row in rows:
+            task = progress.add_task(f"{row.name} {row.shape}", total=args.repeats)
+            check(row)
+            peak = {s: measure_peak(row, s, args.threads) for s in SIDES if row.measures_memory}
+            seconds = measure_times(row, args.repeats, partial(progress.advance, task))
+            results.append(summary(row, seconds, peak))
+    show(console, results)
+    import transformers
+
+    machine = {
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gdn_ops": gdn_ops.__version__,
+        "python": platform.python_version(),
+    }
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
+    console.print(facts, highlight=False)
+    if args.json:
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        command = " ".join(["python", *sys.argv])
+        content = {"machine": machine, "date": date, "command": command, "rows": results}
+        args.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
