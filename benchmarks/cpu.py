@@ -2,9 +2,9 @@
 
     python benchmarks/cpu.py [--repeats N] [--threads N] [--only NAME] [--json PATH]
 
-Both sides are called in turn, in one process, on the same inputs; peak memory is that of one call
-in a process of its own. Nothing is timed that a float64 loop over tokens does not confirm first.
-What is compared, and how, is in benchmarks/README.md.
+Both sides of a row are called in turn, in one process, on the same inputs; each row has a process
+of its own, and so has each measurement of peak memory. Nothing is timed that a float64 loop over
+tokens does not confirm first. What is compared, and how, is in benchmarks/README.md.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import rich.box
 import torch
@@ -198,7 +198,7 @@ def timed(call: Callable[[], object], number: int) -> float:
     return (time.perf_counter() - start) / number
 
 
-def measure_times(row: Row, repeats: int, advance: Callable[[], object]) -> dict[str, list[float]]:
+def times_in_turn(row: Row, repeats: int) -> dict[str, list[float]]:
     """Seconds of each repeat of each side; the sides take turns at going first."""
     calls = {}
     for side in SIDES:
@@ -212,7 +212,6 @@ def measure_times(row: Row, repeats: int, advance: Callable[[], object]) -> dict
     for repeat in range(repeats):
         for side in SIDES if repeat % 2 else reversed(SIDES):
             seconds[side].append(timed(calls[side], numbers[side]))
-        advance()
     gc.enable()
     return seconds
 
@@ -243,11 +242,22 @@ def peak_of_one_call(row: Row, side: str) -> int:
     return resident_bytes("VmHWM") - before
 
 
-def measure_peak(row: Row, side: str, threads: int) -> int:
+def in_a_process(row: Row, threads: int, *what: str) -> Any:
+    """What ``measure`` returns for ``row`` in a fresh process.
+
+    An allocator keeps what earlier calls freed: in the process of another row theirs may find its
+    temporaries there instead of asking the system, and be four times as fast.
+    """
     command = [sys.executable, __file__, "--threads", str(threads)]
-    command += ["--peak", f"{ROWS.index(row)}", side]
+    command += ["--measure", str(ROWS.index(row)), *what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout)
+    return json.loads(done.stdout)
+
+
+def measure(number: str, what: str, value: str) -> Any:
+    """``times`` with ``value`` repeats, or ``peak`` of the side ``value``, of one row."""
+    row = ROWS[int(number)]
+    return times_in_turn(row, int(value)) if what == "times" else peak_of_one_call(row, value)
 
 
 def processor() -> str:
@@ -304,22 +314,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", help="only the rows of this name")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.peak:
-        print(peak_of_one_call(ROWS[int(args.peak[0])], args.peak[1]))
+    if args.measure:
+        print(json.dumps(measure(*args.measure)))
         return
     rows = [row for row in ROWS if args.only in (None, row.name)]
     console = Console()
     results = []
     with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring in turn", total=len(rows))
         for row in rows:
-            task = progress.add_task(f"{row.name} {row.shape}", total=args.repeats)
             check(row)
-            peak = {s: measure_peak(row, s, args.threads) for s in SIDES if row.measures_memory}
-            seconds = measure_times(row, args.repeats, partial(progress.advance, task))
+            sides = SIDES if row.measures_memory else ()
+            peak = {side: in_a_process(row, args.threads, "peak", side) for side in sides}
+            seconds = in_a_process(row, args.threads, "times", str(args.repeats))
             results.append(summary(row, seconds, peak))
+            progress.advance(task)
     show(console, results)
     import transformers
 
