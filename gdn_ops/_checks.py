@@ -6,6 +6,7 @@ They look at shapes, dtypes, devices and strides only, so that they hold for fak
 comparison that a symbolic size cannot decide is left to the eager call.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,7 @@ def _numbers(values: Any) -> str:
 
 def check_shape(op: str, name: str, x: Tensor, symbols: str, sizes: tuple[Any, ...]) -> None:
     """``symbols`` spells the shape, such as ``"[B, T, HV]"``; ``sizes`` are its values."""
-    if len(x.shape) != len(sizes) or any(
-        holds(got != want) for got, want in zip(x.shape, sizes, strict=True)
-    ):
+    if len(x.shape) != len(sizes) or any(map(holds, map(operator.ne, x.shape, sizes))):
         raise ValueError(
             f"{op}: {name} must have shape {symbols} = {_numbers(sizes)}, got {_numbers(x.shape)}"
         )
@@ -65,8 +64,9 @@ def check_rank(op: str, name: str, x: Tensor, symbols: str) -> None:
 
 
 def check_not_empty(op: str, name: str, x: Tensor, symbols: str) -> None:
-    for symbol, size in zip(symbols.strip("[]").split(", "), x.shape, strict=True):
+    for i, size in enumerate(x.shape):
         if holds(size == 0):
+            symbol = symbols.strip("[]").split(", ")[i]
             raise ValueError(f"{op}: {name} must have {symbol} >= 1, got {_numbers(x.shape)}")
 
 
@@ -78,7 +78,10 @@ def check_dtype(op: str, name: str, x: Tensor, allowed: tuple[torch.dtype, ...])
 
 
 def check_devices(op: str, first: str, tensors: dict[str, Tensor | None]) -> None:
-    device = next(x.device for x in tensors.values() if x is not None)
+    present = [x.device for x in tensors.values() if x is not None]
+    device = present[0]
+    if present.count(device) == len(present):
+        return
     for name, x in tensors.items():
         if x is not None and x.device != device:
             raise ValueError(

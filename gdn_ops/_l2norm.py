@@ -8,7 +8,7 @@ _EPS = 1e-6
 
 def l2norm(x: Tensor) -> Tensor:
     """Normalise the last dimension; the epsilon stands inside the root."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPS)
+    return x * (x * x).sum(-1, keepdim=True).add_(_EPS).rsqrt_()
 
 
 def l2norm_backward(dy: Tensor, x: Tensor) -> Tensor:

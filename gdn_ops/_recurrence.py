@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
         """The same in the arithmetic dtype, normalised, with values for absent arguments."""
         q, k, v = (x.to(self.dtype) for x in self[:3])
         if self.use_qk_l2norm:
-            q, k = l2norm(q), l2norm(k)
+            q, k = l2norm(torch.stack([q, k]))
         g = v.new_zeros(v.shape[:3]) if self.g is None else self.g
         beta = v.new_ones(v.shape[:3]) if self.beta is None else self.beta.to(self.dtype)
         return Prepared(q, k, v, g, beta)

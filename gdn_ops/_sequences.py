@@ -75,7 +75,8 @@ class Bounds:
         length = self.lengths[ids[0]]
         rows = as_index([0] if self.packed else ids, device)
         if isinstance(rows, slice) and (len(ids) == 1 or not self.packed):
-            return Block(ids, length, rows, starts[0], None)
+            everything = not self.packed and len(ids) == self.count
+            return Block(ids, length, rows, starts[0], None, everything)
         batch = torch.tensor([0] * len(ids) if self.packed else ids, device=device)[:, None]
         return Block(ids, length, batch, 0, torch.tensor(starts, device=device)[:, None])
 
@@ -89,6 +90,7 @@ class Block:
     _rows: Index  # a slice of the batch, or the batch row of each sequence [n, 1]
     _start: int
     _starts: Tensor | None  # [n, 1] where the sequences are scattered
+    _everything: bool = False  # all tokens of the call: then nothing need be indexed
 
     def _at(self, x: Tensor, t0: int, t1: int) -> tuple[Index, Index]:
         if self._starts is None:
@@ -97,11 +99,16 @@ class Block:
 
     def read(self, x: Tensor, t0: int, t1: int) -> Tensor:
         """Tokens ``t0 .. t1 - 1`` of each sequence of ``x [B, T, ...]``: ``[n, t1 - t0, ...]``."""
+        if self._everything and t1 - t0 == self.length:
+            return x
         return x[self._at(x, t0, t1)]
 
     def write(self, x: Tensor, t0: int, t1: int, value: Tensor) -> None:
         """Store ``value [n, t1 - t0, ...]`` as tokens ``t0 .. t1 - 1`` of ``x [B, T, ...]``."""
-        x[self._at(x, t0, t1)] = value.to(x.dtype)
+        if self._everything and t1 - t0 == self.length:
+            x.copy_(value)
+        else:
+            x[self._at(x, t0, t1)] = value.to(x.dtype)
 
 
 def new_output(like: Tensor, bounds: Bounds, live: Sequence[int]) -> Tensor:
