@@ -1,0 +1,1 @@
+"""Ordinary Triton kernels, one file per operator. Nothing imports them before a launch."""
