@@ -19,9 +19,18 @@ _SCHEMA = (
 )
 
 
-def register_functional(name: str, start: StartScan) -> None:
-    """Define ``torch.ops.gdn.<name>`` by the scan that computes it."""
-    register_operator(name + _SCHEMA, _reference(name, start), _fake(name))
+def register_functional(name: str, start: StartScan, kernels: str | None = None) -> None:
+    """Define ``torch.ops.gdn.<name>`` by the scan that computes it, and by its kernels."""
+    register_operator(
+        name + _SCHEMA, _reference(name, start), _fake(name), kernels, _check_data(name)
+    )
+
+
+def _check_data(name: str) -> Callable[..., None]:
+    def check_data(q: Tensor, *others: Any, **_: Any) -> None:
+        check_bounds(name, others[5] if len(others) > 5 else None, q.shape[1])
+
+    return check_data
 
 
 def _new_final_state(initial_state: Tensor | None, q: Tensor, sizes: Sizes) -> Tensor:

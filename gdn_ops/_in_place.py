@@ -14,7 +14,7 @@ from ._checks import (
 )
 from ._recurrence import StartScan, Store, Tokens, state_blocks
 from ._sequences import Bounds, as_index, load_states, new_output, store_states
-from ._slots import check_bounds, fresh_rows, resolve_slots
+from ._slots import Slots, check_bounds, fresh_rows, resolve_slots
 
 
 def check_update(
@@ -42,6 +42,25 @@ def new_update_output(v: Tensor) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
+def check_update_data(
+    op: str,
+    x: Tensor,
+    state: Tensor,
+    state_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    null_index: int,
+    read_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+) -> tuple[Bounds, Slots]:
+    """Bounds and slots of a call, read on the host and checked."""
+    check_bounds(op, cu_seqlens, x.shape[1])
+    bounds = Bounds.of(x, cu_seqlens)
+    slots = resolve_slots(
+        op, bounds, state.shape[0], state_indices, read_indices, num_accepted_tokens, null_index
+    )
+    return bounds, slots
+
+
 def update_pool(
     op: str,
     start: StartScan,
@@ -56,10 +75,15 @@ def update_pool(
     num_accepted_tokens: Tensor | None = None,
 ) -> Tensor:
     """Scan every live sequence from its slot; store the state after the last or each token."""
-    check_bounds(op, cu_seqlens, tokens.q.shape[1])
-    bounds = Bounds.of(tokens.q, cu_seqlens)
-    slots = resolve_slots(
-        op, bounds, state.shape[0], state_indices, read_indices, num_accepted_tokens, null_index
+    bounds, slots = check_update_data(
+        op,
+        tokens.q,
+        state,
+        state_indices,
+        cu_seqlens,
+        null_index,
+        read_indices,
+        num_accepted_tokens,
     )
     per_token = state_indices is not None and state_indices.dim() == 2
     o = new_output(tokens.v, bounds, slots.live)

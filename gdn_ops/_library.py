@@ -4,10 +4,17 @@
 with a mutated argument 37 us (torch 2.13, CPU), which is why the operators are registered by hand.
 """
 
+import functools
+import importlib
+import importlib.util
+import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 # FRAGMENT: another extension may add operators to the namespace. The object must outlive the
 # registration.
@@ -27,18 +34,96 @@ def register_operator(
     schema: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    kernels: str | None = None,
+    check_data: Callable[..., None] | None = None,
 ) -> None:
     """Define ``torch.ops.gdn.<name>`` from its schema, its eager implementation and its fake.
 
     Args:
         schema: ``"name(Tensor x, ...) -> Tensor"``.
-        reference: The eager implementation, for every device.
+        reference: The implementation in plain PyTorch, for every device.
         fake: Shapes, dtypes and strides of the outputs; must not read data.
+        kernels: The module of ``gdn_ops.kernels`` with a function ``name`` for CUDA. Default: none.
+        check_data: Called with the arguments before that function: the checks of ``GDN_DEBUG=1``.
     """
     _LIBRARY.define(schema, tags=_TAGS)
     name = schema.partition("(")[0]
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gdn::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"gdn::{name}", switch_on_lowering(fake), lib=_LIBRARY)
+    if kernels is not None:
+        on_gpu = _with_kernels(name, reference, fake, kernels, check_data)
+        _LIBRARY.impl(name, on_gpu, "CUDA")
+        KERNELS[name] = on_gpu
+
+
+# Implementations for CUDA by operator name; the tests run them in Triton's interpreter.
+KERNELS: dict[str, Callable[..., Any]] = {}
+
+
+def _with_kernels(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    module: str,
+    check_data: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    """The operator on its kernels, or in plain PyTorch where they cannot serve a call."""
+
+    def on_gpu(*args: Any, **keywords: Any) -> Any:
+        kernels = _load(module)
+        reason = "triton is not installed" if kernels is None else kernels.supports(*args)
+        if kernels is None or reason is not None:
+            _say_once(f"{name}: runs in plain PyTorch: {reason}")
+            return reference(*args, **keywords)
+        fake(*args, **keywords)  # raises what the operator raises; its outputs are dropped
+        if check_data is not None and debug():
+            check_data(*args, **keywords)
+        return getattr(kernels, name)(*args, **keywords)
+
+    return on_gpu
+
+
+@functools.cache
+def _load(module: str) -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(f"{__package__}.kernels.{module}")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.info(message)
+
+
+def debug() -> bool:
+    """Whether ``GDN_DEBUG=1`` asks for the checks that read data."""
+    return os.environ.get("GDN_DEBUG") == "1"
+
+
+def switch_on_lowering(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, which registers the lowerings when the first compile traces it.
+
+    Importing Inductor takes most of a second; so it waits for one who needs it.
+    """
+
+    @functools.wraps(fake)
+    def traced(*args: Any, **keywords: Any) -> Any:
+        if torch._guards.TracingContext.try_get() is not None:
+            _register_lowerings()
+        return fake(*args, **keywords)
+
+    return traced
+
+
+@functools.cache
+def _register_lowerings() -> None:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    try:
+        with _disable_current_modes():
+            importlib.import_module("lowering").register()
+    except Exception as error:  # a compile must not fail for want of speed
+        _log.info("no lowerings, operators stay opaque: %s: %s", type(error).__name__, error)
 
 
 def register_gradient(

@@ -1,13 +1,13 @@
 """Slots of a pool, read on the host: which rows are live, what each reads and writes."""
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ._library import debug
 from ._sequences import Bounds
 
 
@@ -18,11 +18,6 @@ class Slots:
     live: list[int]  # sequences that are neither padding nor empty
     read: list[int]
     write: list[list[int]]  # one slot, or one for each token with a table
-
-
-def debug() -> bool:
-    """Whether ``GDN_DEBUG=1`` asks for the checks that read data."""
-    return os.environ.get("GDN_DEBUG") == "1"
 
 
 def resolve_slots(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._checks import holds
 from ._functional import register_functional
-from ._in_place import check_update, new_update_output, update_pool
+from ._in_place import check_update, check_update_data, new_update_output, update_pool
 from ._l2norm import l2norm
 from ._library import refuse_gradient, register_operator
 from ._recurrence import Scan, Store, Tokens
@@ -279,7 +279,26 @@ def _fake_(
     return new_update_output(v)
 
 
-register_functional("recurrent", _start_scan)
+def _check_data_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    read_indices: Tensor | None = None,
+    *,
+    null_index: int = -1,
+    **_: Any,
+) -> None:
+    slots = (read_indices, num_accepted_tokens)
+    check_update_data("recurrent_", q, state, state_indices, cu_seqlens, null_index, *slots)
+
+
+register_functional("recurrent", _start_scan, kernels="recurrent")
 register_backward("recurrent")
 register_operator(
     "recurrent_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, "
@@ -288,4 +307,6 @@ register_operator(
     "-> Tensor",
     _reference_,
     _fake_,
+    kernels="recurrent",
+    check_data=_check_data_,
 )

@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import interpreter
 import pytest
 import torch
 
@@ -14,6 +15,16 @@ hypothesis.settings.register_profile(
     "gdn", deadline=None, derandomize=True, database=None, max_examples=20
 )
 hypothesis.settings.load_profile("gdn")
+
+# The same laws hold for the kernels: Triton's interpreter runs them on CPU tensors.
+KERNELS_ARE_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if KERNELS_ARE_INTERPRETED:
+    interpreter.repair()
+    from gdn_ops import _library
+
+    _on_cpu = torch.library.Library("gdn", "IMPL")
+    for _name, _kernel in _library.KERNELS.items():
+        _on_cpu.impl(_name, _kernel, "CPU")
 
 GPU_IS_REQUIRED = os.environ.get("GDN_REQUIRE_GPU") == "1"
 

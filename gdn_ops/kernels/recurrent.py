@@ -1,0 +1,364 @@
+"""Gated delta rule token by token: decode, verify and short sequences in one kernel.
+
+    S <- exp(g_t) S ;  u = beta_t (v_t - S k_t) ;  S <- S + u k_t^T ;  o_t = scale S q_t
+
+A program has rows ``BV`` of the V-major state of one sequence and value head in registers. It reads
+them once, walks the tokens of the sequence, and writes them once, or after each token into the slots
+of a table. Packed rows get one more sequence: the tokens of none, which are padding.
+
+Traffic of a decode step: the state read and written, ``2 * V * K`` numbers per value head; all else
+is less than one percent of it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import recurrent_config
+from .norm import inverse_norm
+from .output import store_output
+
+AXES = {
+    "q": "bthk",
+    "k": "bthk",
+    "v": "bthv",
+    "g": "bthk",
+    "beta": "bth",
+    "state": "nhvk",
+    "final_state": "nhvk",
+    "state_indices": "ns",
+    "num_accepted_tokens": "n",
+    "cu_seqlens": "n",
+    "read_indices": "n",
+    "o": "bthv",
+}
+SIZES = {"T": "q_t"}
+
+
+@triton.jit
+def delta_step(b_s, b_q, b_k, b_v, b_g, b_beta):
+    """One token on a tile ``[BV, BK]`` of the state; ``b_g`` broadcasts to it."""
+    b_s *= tl.exp(b_g)
+    b_u = b_beta * (b_v - tl.sum(b_s * b_k[None, :], 1))
+    b_s += b_u[:, None] * b_k[None, :]
+    return b_s, tl.sum(b_s * b_q[None, :], 1)
+
+
+@triton.jit
+def recurrent_kernel(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    state,
+    final_state,
+    state_indices,
+    num_accepted_tokens,
+    cu_seqlens,
+    read_indices,
+    o,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_q_k,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_k_k,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_v_v,
+    stride_g_b,
+    stride_g_t,
+    stride_g_h,
+    stride_g_k,
+    stride_beta_b,
+    stride_beta_t,
+    stride_beta_h,
+    stride_state_n,
+    stride_state_h,
+    stride_state_v,
+    stride_state_k,
+    stride_final_state_n,
+    stride_final_state_h,
+    stride_final_state_v,
+    stride_final_state_k,
+    stride_state_indices_n,
+    stride_state_indices_s,
+    stride_num_accepted_tokens_n,
+    stride_cu_seqlens_n,
+    stride_read_indices_n,
+    stride_o_b,
+    stride_o_t,
+    stride_o_h,
+    stride_o_v,
+    T,
+    scale: tl.constexpr,
+    null_index: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    S: tl.constexpr,  # columns of the table
+    USE_QK_L2NORM: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_G_PER_KEY: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    IS_POOL: tl.constexpr,  # `final_state` is a pool with slots, else a row for each sequence
+    HAS_INDICES: tl.constexpr,
+    IS_TABLE: tl.constexpr,
+    HAS_ACCEPTED: tl.constexpr,
+    HAS_READ_INDICES: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_p = tl.program_id(0)
+    i_v = i_p % NV
+    i_hv = (i_p // NV) % HV
+    i_n = (i_p // NV) // HV
+    i_h = i_hv // (HV // H)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_s = m_v[:, None] & m_k[None, :]
+
+    # The tokens of the sequence.
+    i_b = i_n.to(tl.int64)
+    t_start = 0
+    t_end = T
+    is_live = True
+    if IS_VARLEN:
+        i_b = i_b * 0
+        N = tl.num_programs(0) // (NV * HV) - 1
+        is_live = i_n < N
+        t_start = tl.minimum(tl.load(cu_seqlens + i_n * stride_cu_seqlens_n).to(tl.int32), T)
+        i_next = tl.minimum(i_n + 1, N) * stride_cu_seqlens_n
+        t_end = tl.where(is_live, tl.minimum(tl.load(cu_seqlens + i_next).to(tl.int32), T), T)
+    L = t_end - t_start
+
+    # The slots that it reads and writes; what is not live reads slot 0, masked.
+    i_row = tl.where(is_live, i_n, 0)
+    i_read = i_row.to(tl.int64)
+    i_write = i_row.to(tl.int64)
+    if IS_POOL:
+        if HAS_INDICES:
+            p_row = state_indices + i_row * stride_state_indices_n
+            i_column = 0
+            if HAS_ACCEPTED:
+                i_column = tl.load(num_accepted_tokens + i_row * stride_num_accepted_tokens_n) - 1
+                is_live = is_live & (i_column >= 0) & (i_column < S)
+                i_column = tl.where(is_live, i_column, 0)
+            if IS_TABLE:
+                is_live = is_live & (L <= S)
+            i_read = tl.load(p_row + i_column * stride_state_indices_s).to(tl.int64)
+            i_write = i_read
+        if HAS_READ_INDICES:
+            i_read = tl.load(read_indices + i_row * stride_read_indices_n).to(tl.int64)
+        is_live = is_live & (i_read > null_index)
+        if not IS_TABLE:
+            is_live = is_live & (i_write > null_index) & (L > 0)
+        i_read = tl.where(is_live, i_read, 0)
+        i_write = tl.where(is_live, i_write, 0)
+
+    b_s = tl.zeros([BV, BK], tl.float32)
+    if HAS_STATE:
+        p_s = state + i_read * stride_state_n + i_hv * stride_state_h
+        p_s += o_v[:, None] * stride_state_v + o_k[None, :] * stride_state_k
+        b_s = tl.load(p_s, m_s & is_live, 0.0).to(tl.float32)
+    p_f = final_state + i_hv * stride_final_state_h
+    p_f += o_v[:, None] * stride_final_state_v + o_k[None, :] * stride_final_state_k
+
+    p_q = q + i_b * stride_q_b + i_h * stride_q_h + o_k * stride_q_k
+    p_k = k + i_b * stride_k_b + i_h * stride_k_h + o_k * stride_k_k
+    p_v = v + i_b * stride_v_b + i_hv * stride_v_h + o_v * stride_v_v
+    for i_t in range(t_start, t_end):
+        b_q = tl.load(p_q + i_t * stride_q_t, m_k, 0.0).to(tl.float32)
+        b_k = tl.load(p_k + i_t * stride_k_t, m_k, 0.0).to(tl.float32)
+        b_v = tl.load(p_v + i_t * stride_v_t, m_v, 0.0).to(tl.float32)
+        if USE_QK_L2NORM:
+            b_q *= inverse_norm(b_q)
+            b_k *= inverse_norm(b_k)
+        b_g = 0.0
+        if HAS_G:
+            p_g = g + i_b * stride_g_b + i_t * stride_g_t + i_hv * stride_g_h
+            if HAS_G_PER_KEY:
+                b_g = tl.load(p_g + o_k * stride_g_k, m_k, 0.0)[None, :]
+            else:
+                b_g = tl.load(p_g)
+        b_beta = 1.0
+        if HAS_BETA:
+            p_beta = beta + i_b * stride_beta_b + i_t * stride_beta_t + i_hv * stride_beta_h
+            b_beta = tl.load(p_beta).to(tl.float32)
+        b_s, b_o = delta_step(b_s, b_q * scale, b_k, b_v, b_g, b_beta)
+        b_o = tl.where(is_live, b_o, 0.0)
+        store_output(
+            o,
+            (i_b, i_t, i_hv, o_v),
+            (stride_o_b, stride_o_t, stride_o_h, stride_o_v),
+            b_o,
+            m_v,
+        )
+        if IS_TABLE:
+            i_column = tl.minimum(i_t - t_start, S - 1) * stride_state_indices_s
+            i_slot = tl.load(p_row + i_column).to(tl.int64)
+            m_f = m_s & is_live & (i_slot > null_index)
+            p_slot = p_f + tl.maximum(i_slot, 0) * stride_final_state_n
+            tl.store(p_slot, b_s.to(final_state.dtype.element_ty), m_f)
+    if not IS_TABLE:
+        p_slot = p_f + i_write * stride_final_state_n
+        tl.store(p_slot, b_s.to(final_state.dtype.element_ty), m_s & is_live)
+
+
+def supports(q: Tensor, *_: object, **__: object) -> str | None:
+    """Why a call cannot be served, in words for its caller; None where it can."""
+    if q.dtype == torch.float64:
+        return "the kernels compute in float32; q is float64"
+    return None
+
+
+def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
+    """Strides of a tensor, zero for dimensions that it does not have."""
+    strides = () if x is None else x.stride()
+    return (*strides, *(0,) * (rank - len(strides)))
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    final_state: Tensor,
+    state_indices: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    read_indices: Tensor | None,
+    *,
+    is_pool: bool,
+    scale: float | None,
+    use_qk_l2norm: bool,
+    null_index: int,
+) -> Tensor:
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0]  # packed: one more, the tokens of none
+    BK = triton.next_power_of_2(K)
+    BV, num_warps = recurrent_config(K, V, final_state.dtype.itemsize)
+    is_table = state_indices is not None and state_indices.dim() == 2
+    recurrent_kernel[(N * HV * triton.cdiv(V, BV),)](
+        q,
+        k,
+        v,
+        g,
+        beta,
+        state,
+        final_state,
+        state_indices,
+        num_accepted_tokens,
+        cu_seqlens,
+        read_indices,
+        o,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *_strides(g, 4),
+        *_strides(beta, 3),
+        *_strides(state, 4),
+        *final_state.stride(),
+        *_strides(state_indices, 2),
+        *_strides(num_accepted_tokens, 1),
+        *_strides(cu_seqlens, 1),
+        *_strides(read_indices, 1),
+        *o.stride(),
+        T,
+        scale=K**-0.5 if scale is None else scale,
+        null_index=null_index,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        S=state_indices.shape[1] if state_indices is not None and is_table else 1,
+        USE_QK_L2NORM=use_qk_l2norm,
+        HAS_G=g is not None,
+        HAS_G_PER_KEY=g is not None and g.dim() == 4,
+        HAS_BETA=beta is not None,
+        HAS_STATE=state is not None,
+        IS_POOL=is_pool,
+        HAS_INDICES=state_indices is not None,
+        IS_TABLE=is_table,
+        HAS_ACCEPTED=num_accepted_tokens is not None,
+        HAS_READ_INDICES=read_indices is not None,
+        IS_VARLEN=cu_seqlens is not None,
+        BK=BK,
+        BV=BV,
+        num_warps=num_warps,
+        num_stages=1,
+    )
+    return o
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.gdn.recurrent`` of checked arguments."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float32 if initial_state is None else initial_state.dtype
+    shape = (N, v.shape[2], v.shape[3], q.shape[3])
+    final_state = torch.empty(shape, dtype=dtype, device=q.device)
+    tensors = (q, k, v, g, beta, initial_state, final_state, None, None, cu_seqlens, None)
+    o = _launch(*tensors, is_pool=False, scale=scale, use_qk_l2norm=use_qk_l2norm, null_index=-1)
+    return o, final_state
+
+
+def recurrent_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    read_indices: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+    null_index: int = -1,
+) -> Tensor:
+    """``torch.ops.gdn.recurrent_`` of checked arguments."""
+    return _launch(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        state,
+        state,
+        state_indices,
+        num_accepted_tokens,
+        cu_seqlens,
+        read_indices,
+        is_pool=True,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        null_index=null_index,
+    )
