@@ -1,5 +1,22 @@
 """The Inductor lowering rules for the operators of ``gdn_ops``.
 
-No rule is registered yet: under ``torch.compile`` an operator runs as one opaque call of its eager
-implementation, in one graph with its neighbours and not fused with them.
+    import gdn_ops              # is enough: the first compile that traces an operator registers them
+    lowering.register()         # or explicitly; idempotent
+    lowering.unregister()       # operators are opaque calls again
+
+``TORCH_LOGS="+lowering"`` tells which configuration was chosen and what fell back, and why.
 """
+
+
+def register() -> None:
+    """Let Inductor turn every operator into its template, from the next compile on."""
+    from . import rules
+
+    rules.register()
+
+
+def unregister() -> None:
+    """Leave every operator to its eager implementation, from the next compile on."""
+    from . import rules
+
+    rules.unregister()

@@ -1,0 +1,162 @@
+"""``recurrent`` and ``recurrent_`` as one template: the kernel of ``gdn_ops/kernels/recurrent.py``."""
+
+from typing import Any
+
+import torch
+
+from gdn_ops.kernels import recurrent as kernels
+from gdn_ops.kernels.configs import recurrent_config
+
+from . import _inductor
+from ._inductor import IRNode, Unsupported
+from .template import Config, KernelTemplate
+
+
+@_inductor.symbolic_grid
+def grid(sequences: Any, value_heads: Any, V: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
+    return (sequences * value_heads * cdiv(V, meta["BV"]), 1, 1)
+
+
+TEMPLATE = KernelTemplate(
+    "gdn_recurrent",
+    kernels.recurrent_kernel,
+    grid,
+    axes=kernels.AXES,
+    sizes=kernels.SIZES,
+    tile=("BV",),
+)
+
+
+def supports(q: IRNode) -> None:
+    """Raise for a call that the kernel cannot serve.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+    if q.get_device().type != "cuda":
+        raise Unsupported(f"there are no kernels for {q.get_device().type}")
+    if q.get_dtype() == torch.float64:
+        raise Unsupported("the kernels compute in float32; pass q in a smaller dtype")
+
+
+def _configs(K: int, V: int, state: IRNode) -> list[Config]:
+    BK = 1 << (K - 1).bit_length()
+    BV, warps = recurrent_config(K, V, state.get_dtype().itemsize)
+    configs = [Config.of(warps, 1, BK=BK, BV=BV)]
+    if _inductor.may_autotune():
+        configs += [Config.of(w, 1, BK=BK, BV=b) for b, w in ((2 * BV, 1), (4 * BV, 2)) if b <= V]
+    return configs
+
+
+def _call(
+    tensors: dict[str, IRNode | None],
+    scale: float | None,
+    use_qk_l2norm: bool,
+    null_index: int,
+    in_place: bool,
+) -> Any:
+    """Add the kernel to the graph; returns ``o``."""
+    q, v, g = tensors["q"], tensors["v"], tensors["g"]
+    cu_seqlens, table = tensors["cu_seqlens"], tensors["state_indices"]
+    assert q is not None
+    assert v is not None
+    B, _, H, K = q.get_size()
+    HV, V = v.get_size()[2:]
+    H, K, HV, V = (_inductor.static_int(size) for size in (H, K, HV, V))
+    is_table = table is not None and len(table.get_size()) == 2
+    written = tensors["state" if in_place else "final_state"]
+    assert written is not None
+    return TEMPLATE.call(
+        tensors,
+        _inductor.contiguous_layout(v, v.get_size(), v.get_dtype()),
+        _configs(K, V, written),
+        mutated=["state" if in_place else "final_state"],
+        aliases={"final_state": "state"} if in_place else None,
+        # Packed rows have one sequence more, the tokens of none.
+        call_sizes=[B if cu_seqlens is None else cu_seqlens.get_size()[0], HV, V],
+        generators=_generators(q, table),
+        scale=K**-0.5 if scale is None else scale,
+        null_index=null_index,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        S=_inductor.static_int(table.get_size()[1]) if table is not None and is_table else 1,
+        USE_QK_L2NORM=use_qk_l2norm,
+        HAS_G=g is not None,
+        HAS_G_PER_KEY=g is not None and len(g.get_size()) == 4,
+        HAS_BETA=tensors["beta"] is not None,
+        HAS_STATE=tensors["state"] is not None,
+        IS_POOL=in_place,
+        HAS_INDICES=table is not None,
+        IS_TABLE=is_table,
+        HAS_ACCEPTED=tensors["num_accepted_tokens"] is not None,
+        HAS_READ_INDICES=tensors["read_indices"] is not None,
+        IS_VARLEN=cu_seqlens is not None,
+    )
+
+
+def _generators(q: IRNode, table: IRNode | None) -> dict[str, Any]:
+    """Inputs for timing: slots and bounds that may be, and a pool of no more slots than are read."""
+    zeros = _inductor.same_number(0)
+    B, T = q.get_size()[:2]
+    return {
+        "state": _inductor.few_slots(B if table is None else 1),
+        "state_indices": zeros,
+        "read_indices": zeros,
+        "num_accepted_tokens": _inductor.same_number(1),
+        "cu_seqlens": _inductor.even_bounds(T),
+    }
+
+
+def lower(
+    q: IRNode,
+    k: IRNode,
+    v: IRNode,
+    g: IRNode | None = None,
+    beta: IRNode | None = None,
+    initial_state: IRNode | None = None,
+    cu_seqlens: IRNode | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+) -> Any:
+    """``gdn::recurrent``."""
+    supports(q)
+    N = q.get_size()[0] if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
+    size = [N, *v.get_size()[2:], q.get_size()[3]]
+    dtype = torch.float32 if initial_state is None else initial_state.get_dtype()
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": initial_state}
+    inputs["cu_seqlens"] = cu_seqlens
+    tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
+    absent = ("state_indices", "num_accepted_tokens", "read_indices")
+    tensors |= dict.fromkeys(absent)
+    tensors["final_state"] = _inductor.new_buffer(v, size, dtype)
+    o = _call(tensors, scale, use_qk_l2norm, -1, in_place=False)
+    return o, _inductor.as_result(tensors["final_state"])
+
+
+def lower_(
+    q: IRNode,
+    k: IRNode,
+    v: IRNode,
+    g: IRNode | None,
+    beta: IRNode | None,
+    state: IRNode,
+    state_indices: IRNode | None = None,
+    num_accepted_tokens: IRNode | None = None,
+    cu_seqlens: IRNode | None = None,
+    read_indices: IRNode | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+    null_index: int = -1,
+) -> Any:
+    """``gdn::recurrent_``."""
+    supports(q)
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state_indices": state_indices}
+    inputs |= {"num_accepted_tokens": num_accepted_tokens, "cu_seqlens": cu_seqlens}
+    inputs["read_indices"] = read_indices
+    tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
+    tensors["state"] = _inductor.realize_in_place(state, "state")
+    return _call(tensors, scale, use_qk_l2norm, null_index, in_place=True)

@@ -1,0 +1,60 @@
+"""Which rule lowers which operator, and what happens where a rule cannot."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import gdn_ops  # noqa: F401 it registers the operators
+
+from . import _inductor, cache_key, recurrent
+
+log = logging.getLogger(__name__)
+
+RULES: dict[str, Callable[..., Any]] = {
+    "recurrent": recurrent.lower,
+    "recurrent_": recurrent.lower_,
+}
+
+_registered: set[str] = set()
+
+
+def register() -> None:
+    for name, rule in RULES.items():
+        if name not in _registered:
+            operator = getattr(torch.ops.gdn, name).default
+            _inductor.add_lowering(operator, _or_eager(operator, rule))
+            _registered.add(name)
+    cache_key.add()
+
+
+def unregister() -> None:
+    for name in list(_registered):
+        _inductor.remove_lowering(getattr(torch.ops.gdn, name).default)
+        _registered.discard(name)
+    cache_key.remove()
+
+
+def _or_eager(operator: torch._ops.OpOverload, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """``rule``, or the opaque call where it fails: a compile never breaks for want of a template."""
+    name = operator.name()
+
+    @functools.wraps(rule)
+    def lower(*args: Any, **keywords: Any) -> Any:
+        try:
+            return rule(*args, **keywords)
+        except _inductor.Unsupported as reason:
+            _say_once(f"{name} stays an opaque call: {reason}")
+        except Exception as error:
+            _say_once(f"{name} stays an opaque call: {type(error).__name__}: {error}")
+            log.debug("the lowering of %s failed", name, exc_info=True)
+        return _inductor.eager_call(operator, *args, **keywords)
+
+    return lower
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.info(message)

@@ -1,0 +1,227 @@
+"""An ordinary Triton kernel becomes an Inductor template.
+
+The template's text is the kernel's own source (docs/kernels.md says how a kernel is written):
+
+- its tensors become ``def_kernel``; an absent one becomes ``None``;
+- its strides and sizes become the ``stride`` and ``size`` hooks;
+- its one call of ``store_output`` becomes the hook through which Inductor fuses what follows;
+- the ``@triton.jit`` functions that it calls are appended, so that the generated code is complete.
+"""
+
+import ast
+import functools
+import inspect
+import logging
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import _inductor
+from ._inductor import IRNode
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles, warps and stages of one choice."""
+
+    tiles: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    @staticmethod
+    def of(num_warps: int, num_stages: int, **tiles: int) -> "Config":
+        return Config(tuple(tiles.items()), num_warps, num_stages)
+
+
+@dataclass(frozen=True, eq=False)
+class KernelTemplate:
+    """The templates of one kernel, one for each set of tensors that a call has.
+
+    Args:
+        name: Operator and stage, such as ``gdn_chunk_scan``.
+        kernel: The ``@triton.jit`` function.
+        grid: The launch grid, made by ``_inductor.symbolic_grid``.
+        axes: Letters of the dimensions of each tensor, ``{"q": "bthk"}``.
+        sizes: Size arguments, ``{"T": "q_t"}``.
+        tile: Names of the tile's sizes at ``store_output``, such as ``("BT", "BV")``.
+        output: Name of the main output among the kernel's arguments.
+    """
+
+    name: str
+    kernel: Any
+    grid: Any
+    axes: Mapping[str, str]
+    sizes: Mapping[str, str]
+    tile: tuple[str, ...]
+    output: str = "o"
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    def call(
+        self,
+        tensors: Mapping[str, IRNode | None],
+        layout: Any,
+        configs: Sequence[Config],
+        *,
+        mutated: Sequence[str] = (),
+        aliases: Mapping[str, str] | None = None,
+        call_sizes: Sequence[Any],
+        generators: Mapping[str, Callable[[Any], Any]] | None = None,
+        **constants: Any,
+    ) -> Any:
+        """Add a launch of the kernel to the graph; returns its main output.
+
+        Args:
+            tensors: All tensors of the signature but the main output; None where absent.
+            layout: Of the main output.
+            configs: Choices; more than one is timed.
+            mutated: Names of tensors that the kernel writes.
+            aliases: Tensors that are another one under a second name, ``{"final_state": "state"}``.
+            call_sizes: What the grid is computed from.
+            generators: For timing, makes an input of a name from its node.
+            constants: ``tl.constexpr`` arguments but the tiles.
+
+        Raises:
+            Unsupported: no configuration can serve the call.
+        """
+        present = {name: x for name, x in tensors.items() if x is not None}
+        ranks = tuple((name, len(x.get_size())) for name, x in present.items())
+        template = self._template(ranks, tuple((aliases or {}).items()))
+        nodes = list(present.values())
+        choices: list[Any] = []
+        errors = [
+            template.maybe_append_choice(
+                choices,
+                input_nodes=nodes,
+                layout=layout,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                mutated_inputs=[present[name] for name in mutated] or None,
+                call_sizes=list(call_sizes),
+                **constants,
+                **dict(config.tiles),
+            )
+            for config in configs
+        ]
+        if not choices:
+            raise _inductor.Unsupported(f"no configuration serves it ({errors[0]})")
+        log.debug("%s: %s", self.name, ", ".join(str(config) for config in configs))
+        position = list(present).index
+        gens = {
+            position(name): make for name, make in (generators or {}).items() if name in present
+        }
+        return _inductor.select(self.name, choices, nodes, layout, gens)
+
+    def _template(
+        self, ranks: tuple[tuple[str, int], ...], aliases: tuple[tuple[str, str], ...]
+    ) -> Any:
+        key = (ranks, aliases)
+        if key not in self._made:
+            source = template_source(self, dict(ranks), dict(aliases))
+            name = f"{self.name}_{len(self._made)}"
+            self._made[key] = _inductor.add_template(name, self.grid, source)
+        return self._made[key]
+
+
+def template_source(
+    template: KernelTemplate, ranks: Mapping[str, int], aliases: Mapping[str, str]
+) -> str:
+    """The text of a template whose call has tensors of these names and ranks."""
+    source, tree = _parsed(template.kernel)
+    arguments = [argument.arg for argument in tree.args.args]
+    lines = [f"{{{{def_kernel({', '.join(map(repr, ranks))})}}}}"]
+    lines += [f"    # {line}".rstrip() for line in _legend(template)]
+    for name in arguments:
+        head = _argument(template, name, ranks, aliases)
+        lines += [f"    {head}"] if head else []
+    lines += _body(template, source, tree)
+    for helper in _helpers(template.kernel):
+        lines += ["", "", "@triton.jit", *_parsed(helper)[0].splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _legend(template: KernelTemplate) -> list[str]:
+    module = inspect.getmodule(template.kernel.fn)
+    title = (inspect.getdoc(module) or "").partition("\n\n")[0]
+    return [f"{template.name}: {title}", f"source: {getattr(module, '__name__', '')}"]
+
+
+def _argument(
+    template: KernelTemplate, name: str, ranks: Mapping[str, int], aliases: Mapping[str, str]
+) -> str | None:
+    """The line that defines an argument of the kernel inside the template, if one must."""
+    if name in aliases:
+        return f"{name} = {aliases[name]}"
+    if name in template.axes:
+        return None if name in ranks or name == template.output else f"{name} = None"
+    if name.startswith("stride_"):
+        tensor, _, axis = name.removeprefix("stride_").rpartition("_")
+        source = aliases.get(tensor, tensor)
+        index = template.axes[tensor].index(axis)
+        # An absent tensor has no strides, one of a lower rank lacks the last ones: a kernel names
+        # them in no branch that is taken.
+        if index >= ranks.get(source, 0):
+            return None
+        return f"{name} = {{{{stride({source!r}, {index})}}}}"
+    if name in template.sizes:
+        tensor, _, axis = template.sizes[name].rpartition("_")
+        return f"{name} = {{{{size({tensor!r}, {template.axes[tensor].index(axis)})}}}}"
+    return None  # a constexpr
+
+
+def _body(template: KernelTemplate, source: str, tree: ast.FunctionDef) -> list[str]:
+    """The lines of the kernel's body, with the hook in the place of the store."""
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "store_output"
+    ]
+    assert len(calls) == 1, f"{template.name} must call store_output once"
+    call = calls[0]
+    _, index, _, value, mask = call.args
+    assert isinstance(index, ast.Tuple)
+    pad = " " * call.col_offset
+    names = [f"o_out_{i}" for i in range(len(index.elts))]
+    tile = f"[{', '.join(template.tile)}]"
+    hook = [
+        f"{pad}{name} = {ast.unparse(element)} + tl.zeros({tile}, tl.int32)"
+        for name, element in zip(names, index.elts, strict=True)
+    ]
+    hook += [f"{pad}b_out = {ast.unparse(value)}", f"{pad}m_out = {ast.unparse(mask)}"]
+    shape = "".join(f"{size!r}, " for size in template.tile)
+    hook += [
+        f'{pad}{{{{store_output(({", ".join(map(repr, names))},), "b_out", "m_out", '
+        f"indent_width={len(pad)}, val_shape=({shape}))}}}}"
+    ]
+    lines = source.splitlines()
+    assert call.end_lineno is not None
+    first = tree.body[0].lineno - 1
+    return lines[first : call.lineno - 1] + hook + lines[call.end_lineno :]
+
+
+@functools.cache
+def _parsed(kernel: Any) -> tuple[str, ast.FunctionDef]:
+    """Source of a function from its ``def`` on, and its syntax tree."""
+    source = textwrap.dedent(inspect.getsource(kernel.fn))
+    source = source[source.index("def ") :]
+    tree = ast.parse(source).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    return source.rstrip(), tree
+
+
+def _helpers(kernel: Any) -> list[Any]:
+    """The ``@triton.jit`` functions that a kernel calls, and those that they call."""
+    found: dict[str, Any] = {}
+
+    def visit(function: Any) -> None:
+        for node in ast.walk(_parsed(function)[1]):
+            if isinstance(node, ast.Name) and node.id not in found and node.id != "store_output":
+                value = function.fn.__globals__.get(node.id)
+                if hasattr(value, "fn") and hasattr(value.fn, "__globals__"):
+                    found[node.id] = value
+                    visit(value)
+
+    visit(kernel)
+    return list(found.values())
