@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .causal_conv1d_tiles import causal_conv1d_config, load_taps, tokens_of_program
 from .output import store_output
 
 AXES = {
@@ -35,64 +36,19 @@ SIZES = {"T": "x_t"}
 
 
 @triton.jit
-def tokens_of_program(
-    i_p,
-    programs,
-    cu_seqlens,
-    stride_cu_seqlens_n,
-    T,
-    IS_VARLEN: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Sequence, batch row, first token and length of it, block within it; and whether it is one.
-
-    Sequence ``n`` of packed rows has the programs from ``cu_seqlens[n] // BT + n`` on, at least as
-    many as it has blocks, so that ``T // BT + N + 1`` programs suffice for any bounds.
-    """
-    if IS_VARLEN:
-        N = programs - T // BT - 1
-        i_n = -1
-        for i in range(0, N + 1, 128):
-            o_n = i + tl.arange(0, 128)
-            m_n = o_n <= N
-            b_n = tl.load(cu_seqlens + o_n * stride_cu_seqlens_n, m_n, 0).to(tl.int32)
-            i_n += tl.sum((m_n & (b_n // BT + o_n <= i_p)).to(tl.int32), 0)
-        is_live = i_n < N
-        p_n = cu_seqlens + i_n * stride_cu_seqlens_n
-        t_start = tl.minimum(tl.load(p_n).to(tl.int32), T)
-        t_end = tl.minimum(tl.load(p_n + stride_cu_seqlens_n, is_live, T).to(tl.int32), T)
-        i_b = i_n * 0
-        i_t = i_p - t_start // BT - i_n
-        L = t_end - t_start
-    else:
-        NT = (T + BT - 1) // BT
-        i_n = i_p // NT
-        i_b = i_n
-        i_t = i_p % NT
-        t_start = 0
-        L = T
-        is_live = True
-    return i_n, i_b, t_start, L, i_t, is_live
+def silu(b_x):
+    """``x * sigmoid(x)``; with ``exp2`` the compiler needs no instructions for denormals."""
+    return b_x / (1.0 + tl.exp2(b_x * -1.4426950408889634))
 
 
 @triton.jit
-def load_taps(weight, o_d, m_d, stride_weight_d, stride_weight_w, W: tl.constexpr):
-    """The ``W`` taps of channels ``o_d [1, BD]``, a tuple of tiles like it."""
-    if W == 4:
-        # One load of all four: tap by tap, the lanes would read with gaps between them.
-        o_w = tl.arange(0, 4)
-        p_w = weight + tl.trans(o_d) * stride_weight_d + o_w[None, :] * stride_weight_w
-        b_w = tl.load(p_w, tl.trans(m_d), 0.0)
-        b_even, b_odd = tl.split(tl.reshape(b_w, (o_d.shape[1], 2, 2)))
-        b_0, b_2 = tl.split(b_even)
-        b_1, b_3 = tl.split(b_odd)
-        taps = (b_0[None, :], b_1[None, :], b_2[None, :], b_3[None, :])
-    else:
-        taps = ()
-        for j in tl.static_range(W):
-            p_w = weight + o_d * stride_weight_d + j * stride_weight_w
-            taps = taps + (tl.load(p_w, m_d, 0.0),)
-    return taps
+def load_history(p_h, o_r, m_d, stride_h, W: tl.constexpr):
+    """Entries ``r .. r + BR - 1`` of h for each ``r`` below ``W - 1``, where they are history."""
+    history = ()
+    for r in tl.static_range(W - 1):
+        b_h = tl.load(p_h + (o_r + r) * stride_h, m_d & (o_r + r < W - 1), 0.0)
+        history += (b_h.to(tl.float32),)
+    return history
 
 
 @triton.jit
@@ -165,6 +121,7 @@ def causal_conv1d_kernel(
     HAS_ACCEPTED: tl.constexpr,
     IS_VARLEN: tl.constexpr,
     IS_SILU: tl.constexpr,
+    IS_WEIGHT_DENSE: tl.constexpr,  # its strides are W and 1: four taps are one load
     BT: tl.constexpr,  # at least W - 1 where a sequence may have more than BT tokens
     BR: tl.constexpr,
     BD: tl.constexpr,
@@ -181,6 +138,26 @@ def causal_conv1d_kernel(
     o_d = tl.arange(0, BD)[None, :]
     m_d = i_d + o_d < D
 
+    # Rows of the inputs from W - 1 before the first token on, and the taps: they wait for no slot.
+    b_b = i_b.to(tl.int64)
+    p_x = x + b_b * stride_x_b + t_start.to(tl.int64) * stride_x_t
+    p_x += i_d * stride_x_d + o_d * stride_x_d
+    p_r = p_x + t_first.to(tl.int64) * stride_x_t
+    o_r = tl.arange(0, BR)[:, None]
+    rows = ()
+    for r in tl.static_range(1 - W, BT // BR):
+        o_t = t_first + (o_r + r)
+        b_r = tl.load(p_r + (o_r + r) * stride_x_t, m_d & (o_t >= 0) & (o_t < L), 0.0)
+        rows += (b_r,)
+    if IS_WEIGHT_DENSE:
+        taps = load_taps(weight + i_d * W, o_d, m_d, W, 1, W)
+    else:
+        p_w = weight + i_d * stride_weight_d
+        taps = load_taps(p_w, o_d, m_d, stride_weight_d, stride_weight_w, W)
+    b_bias = tl.zeros([1, BD], tl.float32)
+    if HAS_BIAS:
+        b_bias = tl.load(bias + (i_d + o_d) * stride_bias_d, m_d, 0.0).to(tl.float32)
+
     # The slot, and its column that stands first in h. What is not live reads slot 0, masked.
     i_row = tl.where(is_live, i_n, 0)
     i_slot = i_row.to(tl.int64)
@@ -195,27 +172,35 @@ def causal_conv1d_kernel(
             is_live = is_live & (i_column >= 0) & (i_column < S) & (L <= S)
             i_column = tl.where(is_live, i_column, 0)
         i_slot = tl.where(is_live, i_slot, 0)
-    m_live = m_d & is_live
 
-    b_b = i_b.to(tl.int64)
-    p_x = x + b_b * stride_x_b + t_start.to(tl.int64) * stride_x_t
-    p_x += i_d * stride_x_d + o_d * stride_x_d
+    history = ()
+    for _ in tl.static_range(W - 1):
+        history += (tl.zeros([BR, BD], tl.float32),)
     p_h = None
     if HAS_STATE:
         p_h = state + i_slot * stride_state_n + i_column * stride_state_c
         p_h += i_d * stride_state_d + o_d * stride_state_d
+        if i_t == 0:
+            history = load_history(p_h, o_r, m_d & is_live, stride_state_c, W)
 
-    # Rows of h from W - 1 before the first token on.
-    o_r = tl.arange(0, BR)[:, None]
-    p_r = p_x + t_first.to(tl.int64) * stride_x_t
-    rows = ()
-    for r in tl.static_range(BT // BR - 1 + W):
-        o_t = t_first + (o_r + (r - W + 1))
-        b_r = tl.load(p_r + (o_r + (r - W + 1)) * stride_x_t, m_live & (o_t >= 0) & (o_t < L), 0.0)
-        if HAS_STATE and r < W - 1:
-            b_h = tl.load(p_h + (o_t + (W - 1)) * stride_state_c, m_live & (o_t < 0), 0.0)
-            b_r = tl.where(o_t < 0, b_h.to(tl.float32), b_r.to(tl.float32))
-        rows = rows + (b_r,)
+    for r in tl.static_range(BT // BR):
+        b_y = tl.zeros([BR, BD], tl.float32) + b_bias
+        for j in tl.static_range(W):
+            b_h = rows[r + j].to(tl.float32)
+            if HAS_STATE and r + j < W - 1:
+                b_h = tl.where(t_first + o_r + (r + j) < W - 1, history[r + j], b_h)
+            b_y += b_h * taps[j].to(tl.float32)
+        if IS_SILU:
+            b_y = silu(b_y)
+        b_y = tl.where(is_live, b_y, 0.0)
+        o_t = t_first + (o_r + r)
+        store_output(
+            y,
+            (b_b, t_start + o_t.to(tl.int64), i_d + o_d),
+            (stride_y_b, stride_y_t, stride_y_d),
+            b_y,
+            m_d & (o_t < L),
+        )
 
     if i_t == 0:
         # Column j of the new state is entry `first + j` of h.
@@ -242,48 +227,6 @@ def causal_conv1d_kernel(
             HAS_STATE,
             BC,
         )
-
-    taps = load_taps(
-        weight + i_d * stride_weight_d, o_d, m_d, stride_weight_d, stride_weight_w, W
-    )
-    b_bias = tl.zeros([1, BD], tl.float32)
-    if HAS_BIAS:
-        b_bias = tl.load(bias + (i_d + o_d) * stride_bias_d, m_d, 0.0).to(tl.float32)
-    for r in tl.static_range(BT // BR):
-        b_y = tl.zeros([BR, BD], tl.float32) + b_bias
-        for j in tl.static_range(W):
-            b_y += rows[r + j].to(tl.float32) * taps[j].to(tl.float32)
-        if IS_SILU:
-            b_y = b_y / (1.0 + tl.exp(-b_y))
-        b_y = tl.where(is_live, b_y, 0.0)
-        o_t = t_first + (o_r + r)
-        store_output(
-            y,
-            (b_b, t_start + o_t.to(tl.int64), i_d + o_d),
-            (stride_y_b, stride_y_t, stride_y_d),
-            b_y,
-            m_d & (o_t < L),
-        )
-
-
-def causal_conv1d_config(
-    N: int, T: int, D: int, W: int, *, itemsize: int, is_varlen: bool, is_channel_major: bool
-) -> tuple[int, int, int, int]:
-    """``BT``, ``BR``, ``BD`` and warps. ``T`` tokens are those of ``N`` sequences where packed.
-
-    A lane moves 16 bytes at a time, and one warp is a program. With fewer programs than would give
-    each multiprocessor some, tiles get narrower.
-    """
-    L = triton.cdiv(T, N) if is_varlen else T
-    least = triton.next_power_of_2(W - 1) if is_varlen or T > 16 else 1
-    if is_channel_major and L >= 16:
-        BT = max(32, least)
-        return BT, BT, 32, 2
-    BT = max(min(triton.next_power_of_2(L), 16), least)
-    BD = min(512 // itemsize, triton.next_power_of_2(D))
-    while BD > 64 and N * triton.cdiv(L, BT) * triton.cdiv(D, BD) < 512:
-        BD //= 2
-    return BT, 1, BD, 1
 
 
 def supports(x: Tensor, *_: object, **__: object) -> str | None:
@@ -326,6 +269,7 @@ def _launch(
         itemsize=x.dtype.itemsize,
         is_varlen=cu_seqlens is not None,
         is_channel_major=x.stride(1) == 1 and x.stride(2) != 1,
+        has_wide_state=final_state.stride(1) != 1,
     )
     blocks = N * triton.cdiv(T, BT) if cu_seqlens is None else T // BT + N + 1
     causal_conv1d_kernel[(blocks * triton.cdiv(D, BD),)](
@@ -359,6 +303,7 @@ def _launch(
         HAS_ACCEPTED=is_verify,
         IS_VARLEN=cu_seqlens is not None,
         IS_SILU=activation == "silu",
+        IS_WEIGHT_DENSE=weight.is_contiguous(),
         BT=BT,
         BR=BR,
         BD=BD,
