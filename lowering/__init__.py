@@ -1,8 +1,8 @@
 """The Inductor lowering rules for the operators of ``gdn_ops``.
 
-    import gdn_ops              # is enough: the first compile that traces an operator registers them
-    lowering.register()         # or explicitly; idempotent
-    lowering.unregister()       # operators are opaque calls again
+    import gdn_ops            # is enough: the first compile that traces an operator registers them
+    lowering.register()       # or explicitly; idempotent
+    lowering.unregister()     # operators are opaque calls again
 
 ``TORCH_LOGS="+lowering"`` tells which configuration was chosen and what fell back, and why.
 """

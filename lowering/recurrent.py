@@ -1,4 +1,4 @@
-"""``recurrent`` and ``recurrent_`` as one template: the kernel of ``gdn_ops/kernels/recurrent.py``."""
+"""``recurrent`` and ``recurrent_`` as one template, that of ``gdn_ops/kernels/recurrent.py``."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def _call(
     cu_seqlens, table = tensors["cu_seqlens"], tensors["state_indices"]
     assert q is not None
     assert v is not None
-    B, _, H, K = q.get_size()
+    B, T, H, K = q.get_size()
     HV, V = v.get_size()[2:]
     H, K, HV, V = (_inductor.static_int(size) for size in (H, K, HV, V))
     is_table = table is not None and len(table.get_size()) == 2
@@ -68,7 +68,7 @@ def _call(
     assert written is not None
     return TEMPLATE.call(
         tensors,
-        _inductor.contiguous_layout(v, v.get_size(), v.get_dtype()),
+        _inductor.contiguous_layout(v, [B, T, HV, V], v.get_dtype()),
         _configs(K, V, written),
         mutated=["state" if in_place else "final_state"],
         aliases={"final_state": "state"} if in_place else None,
@@ -97,7 +97,7 @@ def _call(
 
 
 def _generators(q: IRNode, table: IRNode | None) -> dict[str, Any]:
-    """Inputs for timing: slots and bounds that may be, and a pool of no more slots than are read."""
+    """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
     zeros = _inductor.same_number(0)
     B, T = q.get_size()[:2]
     return {
@@ -124,14 +124,14 @@ def lower(
     """``gdn::recurrent``."""
     supports(q)
     N = q.get_size()[0] if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
-    size = [N, *v.get_size()[2:], q.get_size()[3]]
+    HV, V, K = (_inductor.static_int(x) for x in (*v.get_size()[2:], q.get_size()[3]))
     dtype = torch.float32 if initial_state is None else initial_state.get_dtype()
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": initial_state}
     inputs["cu_seqlens"] = cu_seqlens
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
     absent = ("state_indices", "num_accepted_tokens", "read_indices")
     tensors |= dict.fromkeys(absent)
-    tensors["final_state"] = _inductor.new_buffer(v, size, dtype)
+    tensors["final_state"] = _inductor.new_buffer(v, [N, HV, V, K], dtype)
     o = _call(tensors, scale, use_qk_l2norm, -1, in_place=False)
     return o, _inductor.as_result(tensors["final_state"])
 

@@ -38,7 +38,7 @@ def unregister() -> None:
 
 
 def _or_eager(operator: torch._ops.OpOverload, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """``rule``, or the opaque call where it fails: a compile never breaks for want of a template."""
+    """``rule``, or the opaque call where it fails: no compile breaks for want of a template."""
     name = operator.name()
 
     @functools.wraps(rule)

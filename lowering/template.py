@@ -108,11 +108,8 @@ class KernelTemplate:
         if not choices:
             raise _inductor.Unsupported(f"no configuration serves it ({errors[0]})")
         log.debug("%s: %s", self.name, ", ".join(str(config) for config in configs))
-        position = list(present).index
-        gens = {
-            position(name): make for name, make in (generators or {}).items() if name in present
-        }
-        return _inductor.select(self.name, choices, nodes, layout, gens)
+        inputs = {list(present).index(x): f for x, f in (generators or {}).items() if x in present}
+        return _inductor.select(self.name, choices, nodes, layout, inputs)
 
     def _template(
         self, ranks: tuple[tuple[str, int], ...], aliases: tuple[tuple[str, str], ...]
