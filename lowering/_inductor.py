@@ -4,8 +4,13 @@ Serves torch 2.11 to 2.15 by looking at what is there, never at a version. What 
 release breaks here.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._inductor import config, ir
@@ -16,6 +21,8 @@ from torch._inductor.select_algorithm import (
     autotune_select_algorithm,
 )
 from torch._inductor.virtualized import V
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 IRNode = ir.IRNode
 symbolic_grid = SymbolicGridFn
@@ -155,3 +162,168 @@ def few_slots(count: Any) -> Callable[[IRNode], torch.Tensor]:
         return torch.empty_strided(size, strides, **options).normal_()
 
     return make
+
+
+# Generated code without a GPU: for lowering/generated.py and lowering/fake_gpu.py only. What these
+# functions import is not needed by a lowering, which should not wait for it.
+
+
+def initialise_passes() -> None:
+    """Let Inductor trace its patterns as for a CPU, once, before anything is patched."""
+    from torch._inductor import compile_fx  # noqa: F401 it imports what traces them
+    from torch._inductor.fx_passes import joint_graph, post_grad
+
+    joint_graph.lazy_init(torch.device("cpu"))
+    post_grad.lazy_init()
+
+
+def launcher_grid(
+    inductor_meta: dict[str, Any], constants: dict[str, Any]
+) -> tuple[str, str, str, str]:
+    """Python for the grid of a launch: statements that come first, and its three sizes."""
+    from torch._inductor.runtime import triton_heuristics
+
+    grid = triton_heuristics.GridExpr.from_meta(inductor_meta, constants)
+    return "\n".join(grid.prefix), str(grid.x_grid), str(grid.y_grid), str(grid.z_grid)
+
+
+@contextlib.contextmanager
+def recorded_kernels(record: Callable[..., Any]) -> Iterator[None]:
+    """Let the decorators of a generated kernel return what ``record`` makes of it.
+
+    Args:
+        record: Called with the function, the kind of kernel, the configs that a GPU would choose
+            from, ``triton_meta`` and ``inductor_meta``.
+    """
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
+
+    def cached_autotune(
+        size_hints: Any,
+        configs: list[Any],
+        triton_meta: dict[str, Any],
+        heuristic_type: Any,
+        filename: str | None = None,
+        inductor_meta: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> Callable[[Any], Any]:
+        kind = heuristic_type.name.lower()
+        return lambda fn: record(fn, kind, configs, triton_meta, inductor_meta or {})
+
+    with (
+        mock.patch.object(triton_heuristics, "cached_autotune", cached_autotune),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def fake_device() -> Iterator[None]:
+    """Inductor's share of ``fake_gpu``: it forgets what it knows of devices, before and after."""
+    from torch._dynamo import device_interface
+    from torch._inductor.constant_folding import ConstantFolder
+    from torch._inductor.fx_passes import joint_graph, post_grad
+
+    fold = ConstantFolder.run
+
+    def fold_on_cpu(folder: ConstantFolder) -> Any:
+        with _OnCpu():  # type: ignore[no-untyped-call]
+            return fold(folder)
+
+    registry = dict(device_interface.device_interfaces)
+    initialised = device_interface._device_initialized
+    _forget_device()
+    try:
+        # Tracing patterns on a GPU would leave them behind.
+        with (
+            mock.patch.object(joint_graph, "lazy_init"),
+            mock.patch.object(post_grad, "lazy_init"),
+            mock.patch.object(ConstantFolder, "run", fold_on_cpu),
+        ):
+            yield
+    finally:
+        _forget_device()
+        device_interface.device_interfaces.clear()
+        device_interface.device_interfaces.update(registry)
+        device_interface._device_initialized = initialised
+
+
+class _OnCpu(TorchDispatchMode):
+    """Values that Inductor computes while it compiles are computed on the CPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        moved = pytree.tree_map_only(
+            torch.device, lambda device: torch.device("cpu"), (args, kwargs or {})
+        )
+        return func(*moved[0], **moved[1])
+
+
+def _forget_device() -> None:
+    from torch._inductor.runtime import hints
+
+    hints.DeviceProperties.create.cache_clear()
+    for name, module in list(sys.modules.items()):
+        # cuda_env moves from release to release.
+        if name in ("torch.utils._triton", "torch._inductor.utils") or name.endswith(".cuda_env"):
+            for function in vars(module).values():
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
+
+
+@contextlib.contextmanager
+def capture(
+    options: Mapping[str, Any],
+    take: Callable[[str, str], Any],
+    skip_cudagraph: Callable[[str], None],
+) -> Iterator[None]:
+    """Hand over what is generated, where Inductor would import it.
+
+    Args:
+        options: Settings of Inductor.
+        take: Called with a module's source and ``inference``, ``forward`` or ``backward``; returns
+            what stands for the imported module.
+        skip_cudagraph: Called with each reason not to use CUDA graphs.
+    """
+    from torch._inductor import compile_fx, output_code, utils
+    from torch._inductor.graph import GraphLowering
+
+    def compile_to_module(graph: GraphLowering) -> Any:
+        code: Any = graph.codegen()[0]
+        phase = "backward" if graph.is_backward else "forward"
+        return take(getattr(code, "value", code), "inference" if graph.is_inference else phase)
+
+    def cudagraphify(model: Any, static_input_idxs: Sequence[int] = (), **known: Any) -> Any:
+        moving = [i for i in known["mutated_input_idxs"] if i not in static_input_idxs]
+        if moving:
+            skip_cudagraph(f"skipping cudagraphs due to mutated inputs ({len(moving)} instances)")
+        return model
+
+    settings = {
+        "fx_graph_cache": False,
+        "fx_graph_remote_cache": False,
+        "autotune_local_cache": False,
+        "autotune_remote_cache": False,
+        "bundled_autotune_remote_cache": False,
+        "compile_threads": 1,
+        # Whether padding pays is found out by measuring.
+        "shape_padding": False,
+        **options,
+    }
+    patches: tuple[tuple[Any, str, Any], ...] = (
+        (GraphLowering, "compile_to_module", compile_to_module),
+        (compile_fx, "cudagraphify", cudagraphify),
+        (output_code, "log_cudagraph_skip_and_bump_counter", skip_cudagraph),
+        (output_code, "maybe_handle_backward_generation", lambda *_: None),
+        # Fake tensors have no address.
+        (utils, "copy_misaligned_inputs", lambda *_: ([], [])),
+    )
+    with contextlib.ExitStack() as stack:
+        # Whatever is written all the same is written where nobody reads it.
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}))
+        stack.enter_context(config.patch(settings))
+        for owner, name, value in patches:
+            if hasattr(owner, name):
+                stack.enter_context(mock.patch.object(owner, name, value))
+        yield
