@@ -8,20 +8,22 @@ For the tokens i, j of a chunk, with the cumulated log decay ``G`` from the star
 One program serves a chunk and a key head, for all value heads that read the key head: ``K K^T`` is
 the same for them. A chunk is aligned to the start of its sequence.
 
-Tensors, beside those of the glossary (gdn_ops/README.md); what is made here is contiguous:
+Tensors, beside those of the glossary (gdn_ops/README.md). What is made here is contiguous, ``TG``
+is ``T`` rounded up to a multiple of 4, so that a descriptor may begin at each row:
 
-    G        [B, HV, T]      cumulated log decay, natural logarithm; head-major, because a scan
+    G        [B, HV, TG]     cumulated log decay, natural logarithm; head-major, because a scan
                              reads the tokens of one head. float64 where the inputs are float32:
                              ``G`` reaches hundreds, and exp of a float32 difference of two such
                              sums is off by an order of magnitude more than the token loop
-    q_scale  [B, H, T]       rsqrt(sum(q * q) + 1e-6), float32; only with USE_QK_L2NORM
-    k_scale  [B, H, T]       the same of k
+    q_scale  [B, H, TG]      rsqrt(sum(q * q) + 1e-6), float32; only with USE_QK_L2NORM
+    k_scale  [B, H, TG]      the same of k
     inverse  [B, T, HV, BT]  row i of X of its chunk; with IS_SCALED diag(k_scale) X diag(beta), so
                              that a scan needs neither beta nor normalised keys. The main output.
                              Rows past cu_seqlens[-1] belong to no chunk and stay unwritten
 
 Tiles and flags: ``BT`` tokens of a chunk, 16, 32 or 64; ``BK >= K``; ``BN`` bounds read at once;
-``DOT`` the dtype of the products of keys; ``PRECISION`` the ``input_precision`` of float32 products.
+``DOT`` the dtype of the products of keys; ``PRECISION`` the ``input_precision`` of float32
+products.
 """
 
 import triton
@@ -226,6 +228,7 @@ def prepare_kernel(
         length = T
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
+    TG = tl.cdiv(T, 4) * 4
     m_t = i_chunk * BT + o_i < length
     o_t = (i_start + i_chunk * BT + o_i).to(tl.int64)
     m_k = m_t[:, None] & (o_k < K)[None, :]
@@ -238,7 +241,7 @@ def prepare_kernel(
         b_q_scale = inverse_norm(tl.load(p_q, m_k, 0.0).to(tl.float32))
         b_k_scale = inverse_norm(b_k.to(tl.float32))
         b_KK *= b_k_scale[:, None] * b_k_scale[None, :]
-        o_scale = (i_b * H + i_h) * T + o_t
+        o_scale = (i_b * H + i_h) * TG + o_t
         tl.store(q_scale + o_scale, b_q_scale, m_t)
         tl.store(k_scale + o_scale, b_k_scale, m_t)
 
@@ -252,7 +255,7 @@ def prepare_kernel(
             b_G = tl.cumsum(tl.where(b_g < -104.0, -104.0, b_g), 0)
         else:
             b_G = tl.zeros((BT,), G.dtype.element_ty)
-        tl.store(G + (i_b * HV + i_hv) * T + o_t, b_G, m_t)
+        tl.store(G + (i_b * HV + i_hv) * TG + o_t, b_G, m_t)
         b_G *= 1.4426950408889634
         b_A = b_KK * decay_between(b_G[:, None], b_G[None, :], m_lower)
         if HAS_BETA:

@@ -1,0 +1,253 @@
+"""The scan over chunks: what the state reads and writes, and the output, in one kernel.
+
+A program owns ``BV`` rows of the state of one sequence and value head, transposed with
+regard to most texts: ``S [V, K]``. It walks the chunks, and every product has its left operand in
+registers, where the product before left it (columns are tokens):
+
+    x  = v^T - exp(G) (S k^T)
+    u  = x inverse^T                      what each token writes
+    o  = (exp(G) (S q^T) + u P) scale     P_ij = exp(G_j - G_i) <k_i, q_j> for i <= j
+    S' = exp(G_last) S + (exp(G_last - G) u) k
+
+where ``inverse`` has beta folded into it. With USE_QK_L2NORM keys and queries come as they are, and
+their norms are factors of tokens: those of k are in ``inverse`` and in ``x``, those of q in ``o``.
+
+Tensors, beside those of the glossary and of chunk_prepare.py:
+
+    state        read: the initial states, or the pool
+    final_state  written: the final states, or with IS_POOL the pool once more
+
+Tiles and flags: ``BT`` tokens of a chunk; ``BK >= K``; ``BV`` rows of a state; ``DOT`` the dtype of
+operands; ``INDEX`` that of the index of a token in ``o``, int64 where an offset may pass 2**31; ``PRECISION`` the ``input_precision`` of float32 products; with USE_DESCRIPTORS tokens are
+loaded by tensor descriptors, which needs rows of 16-byte multiples, the last dimension dense.
+"""
+
+import triton
+import triton.language as tl
+
+from .chunk_prepare import decay_between, load_bounds
+from .output import store_output
+
+AXES = {
+    "q": "bthk",
+    "k": "bthk",
+    "v": "bthv",
+    "inverse": "bthj",
+    "G": "bht",
+    "q_scale": "bht",
+    "k_scale": "bht",
+    "state": "nhvk",
+    "final_state": "nhvk",
+    "state_indices": "n",
+    "has_initial_state": "n",
+    "cu_seqlens": "n",
+    "read_indices": "n",
+    "o": "bthv",
+}
+SIZES = {"T": "q_t"}
+
+
+@triton.jit
+def scan_kernel(
+    q,
+    k,
+    v,
+    inverse,
+    G,
+    q_scale,
+    k_scale,
+    state,
+    final_state,
+    state_indices,
+    has_initial_state,
+    cu_seqlens,
+    read_indices,
+    o,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_q_k,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_k_k,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_v_v,
+    stride_state_n,
+    stride_state_h,
+    stride_state_v,
+    stride_state_k,
+    stride_final_state_n,
+    stride_final_state_h,
+    stride_final_state_v,
+    stride_final_state_k,
+    stride_state_indices_n,
+    stride_has_initial_state_n,
+    stride_cu_seqlens_n,
+    stride_read_indices_n,
+    stride_o_b,
+    stride_o_t,
+    stride_o_h,
+    stride_o_v,
+    T,
+    scale: tl.constexpr,
+    null_index: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_INDICES: tl.constexpr,
+    HAS_READ_INDICES: tl.constexpr,
+    HAS_INITIAL_STATE: tl.constexpr,
+    IS_POOL: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+    USE_QK_L2NORM: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    USE_DESCRIPTOR_STORE: tl.constexpr,
+    INDEX: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """One sequence, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``.
+
+    Packed rows have one more sequence: the tokens past the last, which are padding.
+    """
+    tl.static_assert(BK >= K)
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_hv = tl.program_id(0) // NV % HV
+    i_n = tl.program_id(0) // (NV * HV)
+    i_h = i_hv // (HV // H)
+    i_b = i_n.to(tl.int64)
+    i_first = i_b * 0
+    length = T
+    is_live = True
+    if IS_VARLEN:
+        N = tl.num_programs(0) // (NV * HV) - 1
+        is_live = i_n < N
+        i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
+        i_first = i_start.to(tl.int64)
+        i_b = i_b * 0
+
+    i_write = i_n.to(tl.int64)
+    i_read = i_write
+    if IS_POOL:
+        i_row = tl.where(is_live, i_n, 0)
+        if HAS_INDICES:
+            i_write = tl.load(state_indices + i_row * stride_state_indices_n).to(tl.int64)
+            i_read = i_write
+        if HAS_READ_INDICES:
+            i_read = tl.load(read_indices + i_row * stride_read_indices_n).to(tl.int64)
+        is_live = is_live & (i_read > null_index) & (i_write > null_index) & (length > 0)
+    # No token of padding is valid.
+    valid = tl.where(is_live, length, 0)
+
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_state = (o_v < V)[:, None] & (o_k < K)[None, :]
+    b_S = tl.zeros((BV, BK), tl.float32)
+    if HAS_STATE:
+        m_read = is_live
+        if HAS_INITIAL_STATE:
+            m_read &= tl.load(has_initial_state + i_row * stride_has_initial_state_n) != 0
+        p_state = state + i_read * stride_state_n + i_hv * stride_state_h
+        p_state += o_v[:, None] * stride_state_v + o_k[None, :] * stride_state_k
+        b_S = tl.load(p_state, m_state & m_read, 0.0).to(tl.float32)
+
+    p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
+    p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
+    p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
+    p_inverse = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
+    TG = tl.cdiv(T, 4) * 4
+    p_G = G + (i_b * HV + i_hv) * TG
+    if USE_QK_L2NORM:
+        p_q_scale = q_scale + (i_b * H + i_h) * TG
+        p_k_scale = k_scale + (i_b * H + i_h) * TG
+    # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
+    rows = tl.maximum(length, 1)
+    i_end = (i_first + rows).to(tl.int32)
+    if USE_DESCRIPTORS:
+        d_q = tl.make_tensor_descriptor(p_q, [rows, K], [stride_q_t, 1], [BT, BK])
+        d_k = tl.make_tensor_descriptor(p_k, [rows, K], [stride_k_t, 1], [BT, BK])
+        d_v = tl.make_tensor_descriptor(p_v, [rows, V], [stride_v_t, 1], [BT, BV])
+        d_inverse = tl.make_tensor_descriptor(p_inverse, [rows, BT], [HV * BT, 1], [BT, BT])
+        d_G = tl.make_tensor_descriptor(p_G, [i_end], [1], [BT])
+        if USE_QK_L2NORM:
+            d_q_scale = tl.make_tensor_descriptor(p_q_scale, [i_end], [1], [BT])
+            d_k_scale = tl.make_tensor_descriptor(p_k_scale, [i_end], [1], [BT])
+    if USE_DESCRIPTOR_STORE:
+        p_o = o + i_b * stride_o_b + i_first * stride_o_t + i_hv * stride_o_h
+        d_o = tl.make_tensor_descriptor(p_o, [rows, V], [stride_o_t, 1], [BT, BV])
+
+    m_pairs = o_i[:, None] <= o_i[None, :]
+    for i_t in range(0, length, BT):
+        o_t = i_t + o_i
+        m_t = o_t < valid
+        if USE_DESCRIPTORS:
+            # Past the end where no token is valid.
+            i_row = tl.where(valid > 0, i_t, length)
+            i_token = i_first.to(tl.int32) + i_row
+            b_k = d_k.load([i_row, 0])
+            b_q = d_q.load([i_row, 0])
+            b_v = d_v.load([i_row, i_v * BV])
+            b_inverse = d_inverse.load([i_row, 0])
+            b_G = d_G.load([i_token])
+        else:
+            o_row = o_t.to(tl.int64)[:, None]
+            m_k = m_t[:, None] & (o_k < K)[None, :]
+            m_v = m_t[:, None] & (o_v < V)[None, :]
+            b_k = tl.load(p_k + o_row * stride_k_t + o_k[None, :] * stride_k_k, m_k, 0.0)
+            b_q = tl.load(p_q + o_row * stride_q_t + o_k[None, :] * stride_q_k, m_k, 0.0)
+            b_v = tl.load(p_v + o_row * stride_v_t + o_v[None, :] * stride_v_v, m_v, 0.0)
+            b_inverse = tl.load(p_inverse + o_row * (HV * BT) + o_i[None, :], m_t[:, None], 0.0)
+            b_G = tl.load(p_G + i_first + o_t, m_t, 0.0)
+        p_last = p_G + i_first + tl.minimum(i_t + BT, valid) - 1
+        b_last = tl.load(p_last, valid > 0, 0.0) * 1.4426950408889634
+        b_G *= 1.4426950408889634
+        b_decay = tl.exp2(b_G.to(tl.float32))
+        b_k_decay = b_decay
+        if USE_QK_L2NORM:
+            if USE_DESCRIPTORS:
+                b_k_decay *= d_k_scale.load([i_token])
+            else:
+                b_k_decay *= tl.load(p_k_scale + i_first + o_t, m_t, 0.0)
+
+        # The order of what follows is that which needs the fewest registers.
+        b_Sd = b_S.to(DOT)
+        b_x = tl.dot(b_Sd, tl.trans(b_k).to(DOT), input_precision=PRECISION)
+        b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION) * b_decay[None, :]
+        b_x = tl.trans(b_v).to(tl.float32) - b_x * b_k_decay[None, :]
+        b_u = tl.dot(b_x.to(DOT), tl.trans(b_inverse).to(DOT), input_precision=PRECISION)
+        b_P = tl.dot(b_k.to(DOT), tl.trans(b_q).to(DOT), input_precision=PRECISION)
+        b_P *= decay_between(b_G[None, :], b_G[:, None], m_pairs)
+        b_o = tl.dot(b_u.to(DOT), b_P.to(DOT), b_o, input_precision=PRECISION) * scale
+        if USE_QK_L2NORM:
+            if USE_DESCRIPTORS:
+                b_o *= d_q_scale.load([i_token])[None, :]
+            else:
+                b_o *= tl.load(p_q_scale + i_first + o_t, m_t, 0.0)[None, :]
+        b_u *= tl.exp2(tl.minimum(b_last - b_G, 0.0).to(tl.float32))[None, :]
+        b_S *= tl.exp2(b_last.to(tl.float32))
+        b_S = tl.dot(b_u.to(DOT), b_k.to(DOT), b_S, input_precision=PRECISION)
+        b_o = tl.trans(b_o)
+        if USE_DESCRIPTOR_STORE:
+            d_o.store([i_t, i_v * BV], b_o.to(o.dtype.element_ty))
+        else:
+            store_output(
+                o,
+                (i_b, (i_first.to(INDEX) + o_t)[:, None], i_hv, o_v[None, :]),
+                (stride_o_b, stride_o_t, stride_o_h, stride_o_v),
+                b_o,
+                (o_t < length)[:, None] & (o_v < V)[None, :],
+            )
+
+    p_final = final_state + i_write * stride_final_state_n + i_hv * stride_final_state_h
+    p_final += o_v[:, None] * stride_final_state_v + o_k[None, :] * stride_final_state_k
+    tl.store(p_final, b_S.to(final_state.dtype.element_ty), m_state & is_live)
