@@ -1,0 +1,200 @@
+"""Gradient of the gated delta rule, in chunks: four launches, each with its stage's file.
+
+    prepare     decays in the chunk and X = (I + A)^-1            chunk_prepare.py
+    replay      the state before each chunk, and u                chunk_backward_replay.py
+    reverse     the gradient of the state after each chunk, dr    chunk_backward_reverse.py
+    gradients   dq dk dv dg dbeta of each chunk                   chunk_backward_gradients.py
+
+The second and the third walk the chunks one after another, in parallel over sequences, value heads
+and rows of the state; the others are parallel over chunks. The formulas are those of
+``gdn_ops/_chunk_math.py``.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import chunk
+from .chunk_backward_gradients import chunk_gradients_kernel
+from .chunk_backward_replay import chunk_replay_kernel
+from .chunk_backward_reverse import chunk_reverse_kernel
+
+# Bounds of sequences that a program reads at once to find its chunk.
+_BN = 128
+
+
+class BackwardTiles(NamedTuple):
+    """Tiles of the three stages, and how they are launched."""
+
+    BT: int
+    BK: int
+    BV_SCAN: int  # of the stages that walk chunks
+    BV_GRADIENTS: int
+    warps_scan: int
+    warps_gradients: int
+    stages_scan: int
+    stages_gradients: int
+    precision: str
+
+
+def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
+    """Tiles for heads of ``K`` and ``V`` that fit the shared memory of sm_90."""
+    BK = max(16, triton.next_power_of_2(K))
+    BV = max(16, triton.next_power_of_2(V))
+    if dtype == torch.float32:
+        return BackwardTiles(32, BK, min(BV, 32), min(BV, 32), 4, 8, 1, 1, "ieee")
+    if BK > 128:
+        return BackwardTiles(32, BK, min(BV, 64), min(BV, 32), 8, 8, 1, 1, "ieee")
+    return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 1, "ieee")
+
+
+def supports(
+    do: Tensor,
+    dfinal_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *_: object,
+    **__: object,
+) -> str | None:
+    """Why a call cannot be served, in words for its caller; None where it can."""
+    if q.dtype == torch.float64:
+        return "the kernels compute in float32; q is float64"
+    if g is not None and g.dim() == 4:
+        return "the chunk kernels have one decay per head; g has one per key channel"
+    return None
+
+
+def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
+    """Strides of a tensor, zero for dimensions that it does not have."""
+    return (0,) * rank if x is None else x.stride()
+
+
+def _new_gradient(x: Tensor | None, like: Tensor) -> Tensor:
+    """An unwritten gradient of ``x``, contiguous; an empty tensor where there is no ``x``."""
+    return torch.empty_like(
+        like.new_empty(0) if x is None else x, memory_format=torch.contiguous_format
+    )
+
+
+def _use_descriptors(*tensors: Tensor) -> bool:
+    """Whether tokens may be read and written by tensor descriptors."""
+    return tensors[0].is_cuda and chunk._fits_descriptor(*tensors)
+
+
+def chunk_backward(
+    do: Tensor,
+    dfinal_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.gdn.chunk_backward`` of checked arguments."""
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tiles = pick_backward(K, V, q.dtype)
+    BT = tiles.BT
+    made = chunk.prepare(
+        *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm),
+        chunk.Tiles(BT, tiles.BK, tiles.BV_SCAN, 4, 2, tiles.precision),
+        is_scaled=False,
+    )
+    places = triton.cdiv(T, BT)
+    places = B * places if cu_seqlens is None else places + N
+    states, dstates = q.new_empty(2, places, HV, V, K)
+    u, dr = v.new_empty(2, B, T, HV, V)
+    dq, dk, dv, dg, dbeta, dinitial_state = (
+        _new_gradient(x, q) for x in (q, k, v, g, beta, initial_state)
+    )
+    use_descriptors = _use_descriptors(q, k, v, do, states)
+    if use_descriptors:
+        triton.set_allocator(chunk._new_scratch)
+    flags: dict[str, Any] = {
+        "H": H,
+        "HV": HV,
+        "K": K,
+        "V": V,
+        "HAS_BETA": beta is not None,
+        "IS_VARLEN": cu_seqlens is not None,
+        "USE_QK_L2NORM": use_qk_l2norm,
+        "DOT": chunk._DOT[q.dtype],
+        "PRECISION": tiles.precision,
+        "BT": BT,
+        "BK": tiles.BK,
+    }
+    scan = flags | {
+        "HAS_INITIAL_STATE": initial_state is not None,
+        "USE_DESCRIPTORS": use_descriptors,
+        "USE_DESCRIPTOR_STORE": use_descriptors,
+        "BV": tiles.BV_SCAN,
+        "num_warps": tiles.warps_scan,
+        "num_stages": tiles.stages_scan,
+    }
+    scale = K**-0.5 if scale is None else scale
+    G, q_scale, k_scale, inverse = made
+    norms = (q_scale, k_scale)
+    norm_strides = (*_strides(q_scale, 3)[:2], *_strides(k_scale, 3)[:2])
+    rows = N * HV * triton.cdiv(V, tiles.BV_SCAN)
+    chunk_replay_kernel[(rows,)](
+        *(k, v, beta, initial_state, cu_seqlens, G, k_scale, inverse, states, u),
+        *k.stride(),
+        *v.stride(),
+        *_strides(beta, 3),
+        *_strides(initial_state, 4),
+        *_strides(cu_seqlens, 1),
+        *G.stride()[:2],
+        *norm_strides[2:],
+        *u.stride(),
+        T,
+        **scan,
+    )
+    chunk_reverse_kernel[(rows,)](
+        *(do, dfinal_state, q, k, beta, cu_seqlens, G, *norms, inverse),
+        *(dstates, dinitial_state, dr),
+        *do.stride(),
+        *dfinal_state.stride(),
+        *q.stride(),
+        *k.stride(),
+        *_strides(beta, 3),
+        *_strides(cu_seqlens, 1),
+        *G.stride()[:2],
+        *norm_strides,
+        *dr.stride(),
+        T,
+        scale=scale,
+        **scan,
+    )
+    chunk_gradients_kernel[(places * H,)](
+        *(do, q, k, v, beta, cu_seqlens, G, *norms, states, dstates, u, dr),
+        *(dk, dv, dg, dbeta, dq),
+        *do.stride(),
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *_strides(beta, 3),
+        *_strides(cu_seqlens, 1),
+        *G.stride()[:2],
+        *norm_strides,
+        *dq.stride(),
+        T,
+        N + 1,
+        scale=scale,
+        HAS_G=g is not None,
+        **flags,
+        BV=tiles.BV_GRADIENTS,
+        BN=_BN,
+        num_warps=tiles.warps_gradients,
+        num_stages=tiles.stages_gradients,
+    )
+    return dq, dk, dv, dg, dbeta, dinitial_state

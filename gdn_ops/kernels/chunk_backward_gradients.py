@@ -1,0 +1,272 @@
+"""Third stage of the chunked backward: every gradient of a chunk, from the states around it.
+
+With ``S`` the state before the chunk, ``dS'`` the gradient of the state after it and ``D_ij =
+exp(G_i - G_j)`` for ``j <= i``,
+
+    dq    = scale (exp(G) do S + (D do u^T) k)
+    dk    = scale (D do u^T)^T q + beta (Z + Z^T) k - beta exp(G) dr S + exp(G_last - G) u dS'
+    dv    = beta dr                                       Z = - strictly lower part of D dr u^T
+    dbeta = <dr, v> - exp(G) <dr S, k> + sum_j Z_ij <k_i, k_j>
+
+The gradient of ``G`` is the sum of the same products, each times what it multiplies; that of ``g``
+is its sum from the token to the end of the chunk, and ``exp(G_last) <dS', S>``.
+
+A program walks the value heads of a key head, over which ``dq`` and ``dk`` are sums: there are no
+atomics, and every run gives the same bits.
+
+Tensors, beside those of the glossary and of the other stages: none. What is made is contiguous;
+tokens of no sequence get zeros.
+
+Traffic of a chunk and value head, in numbers: ``2 K V + 4 BT V`` read, ``BT V`` written; of a chunk
+and key head ``2 BT K`` read and as much written.
+"""
+
+import triton
+import triton.language as tl
+
+from .chunk_backward_replay import load_decays
+from .chunk_prepare import decay_between, find_chunk, load_bounds
+from .output import store_output
+
+AXES = {
+    "do": "bthv",
+    "q": "bthk",
+    "k": "bthk",
+    "v": "bthv",
+    "beta": "bth",
+    "cu_seqlens": "n",
+    "G": "bht",
+    "q_scale": "bht",
+    "k_scale": "bht",
+    "states": "chvk",
+    "dstates": "chvk",
+    "u": "bthv",
+    "dr": "bthv",
+    "dk": "bthk",
+    "dv": "bthv",
+    "dg": "bth",
+    "dbeta": "bth",
+    "dq": "bthk",
+}
+SIZES = {"T": "q_t", "BOUNDS": "cu_seqlens_n"}
+
+
+@triton.jit
+def row_products(b_x, b_y):
+    """Inner products of the rows of two tiles."""
+    return tl.sum(b_x.to(tl.float32) * b_y.to(tl.float32), 1)
+
+
+@triton.jit
+def chunk_gradients_kernel(
+    do,
+    q,
+    k,
+    v,
+    beta,
+    cu_seqlens,
+    G,
+    q_scale,
+    k_scale,
+    states,
+    dstates,
+    u,
+    dr,
+    dk,
+    dv,
+    dg,
+    dbeta,
+    dq,
+    stride_do_b,
+    stride_do_t,
+    stride_do_h,
+    stride_do_v,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_q_k,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_k_k,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_v_v,
+    stride_beta_b,
+    stride_beta_t,
+    stride_beta_h,
+    stride_cu_seqlens_n,
+    stride_G_b,
+    stride_G_h,
+    stride_q_scale_b,
+    stride_q_scale_h,
+    stride_k_scale_b,
+    stride_k_scale_h,
+    stride_dq_b,
+    stride_dq_t,
+    stride_dq_h,
+    stride_dq_k,
+    T,
+    BOUNDS,
+    scale: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+    USE_QK_L2NORM: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One place of a chunk and one key head; the grid is ``places * H``."""
+    tl.static_assert(BK >= K)
+    R: tl.constexpr = HV // H
+    i_h = tl.program_id(0) % H
+    i_place = tl.program_id(0) // H
+    if IS_VARLEN:
+        # The tokens past the last bound count as one more sequence, of which none is valid.
+        i_n, i_t = find_chunk(cu_seqlens, i_place, stride_cu_seqlens_n, BOUNDS, BT, BN)
+        N = BOUNDS - 1
+        i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
+        stored = length - i_t * BT
+        valid = tl.where(i_n < N, stored, 0)
+        i_b = tl.full((), 0, tl.int64)
+        i_first = (i_start + i_t * BT).to(tl.int64)
+    else:
+        i_b = (i_place // tl.cdiv(T, BT)).to(tl.int64)
+        i_first = (i_place % tl.cdiv(T, BT)).to(tl.int64) * BT
+        valid = (T - i_first).to(tl.int32)
+        stored = valid
+
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    m_t = o_i < valid
+    m_stored = o_i < stored
+    m_k = m_t[:, None] & (o_k < K)[None, :]
+    p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
+    p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
+    o_tq = o_i[:, None] * stride_q_t + o_k[None, :] * stride_q_k
+    b_q = tl.load(p_q + o_tq, m_k, 0.0).to(DOT)
+    o_tk = o_i[:, None] * stride_k_t + o_k[None, :] * stride_k_k
+    b_k = tl.load(p_k + o_tk, m_k, 0.0).to(DOT)
+    b_q_scale = m_t.to(tl.float32)
+    b_k_scale = m_t.to(tl.float32)
+    if USE_QK_L2NORM:
+        o_scale = i_first + o_i
+        p_scale = q_scale + i_b * stride_q_scale_b + i_h * stride_q_scale_h
+        b_q_scale = tl.load(p_scale + o_scale, m_t, 0.0)
+        p_scale = k_scale + i_b * stride_k_scale_b + i_h * stride_k_scale_h
+        b_k_scale = tl.load(p_scale + o_scale, m_t, 0.0)
+    m_pairs = o_i[:, None] >= o_i[None, :]
+    m_lower = o_i[:, None] > o_i[None, :]
+
+    # Of the normalised rows, times their norms' inverses.
+    b_dq = tl.zeros((BT, BK), tl.float32)
+    b_dk = tl.zeros((BT, BK), tl.float32)
+    # No head in a place that is left over.
+    for i_r in range(tl.where(stored > 0, R, 0)):
+        i_hv = i_h * R + i_r
+        p_G = G + i_b * stride_G_b + i_hv * stride_G_h + i_first
+        b_G, b_tail, b_last = load_decays(p_G, o_i, valid, BT)
+        b_decay = tl.exp2(b_G.to(tl.float32))
+        b_tail = tl.exp2(b_tail.to(tl.float32))
+        b_beta = m_t.to(tl.float32)
+        if HAS_BETA:
+            p_beta = beta + i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
+            b_beta = tl.load(p_beta + o_i * stride_beta_t, m_t, 0.0).to(tl.float32)
+        if HAS_G:
+            # What a sum gains by a head is what its rows' products gain: one tile less to hold.
+            b_dG = -row_products(b_dq, b_q)
+            b_dG_tail = -row_products(b_dk, b_k)
+
+        # Over the rows of the state: what went through it, and the products of tokens.
+        b_drS = tl.zeros((BT, BK), tl.float32)
+        b_dP = tl.zeros((BT, BT), tl.float32)
+        b_dA = tl.zeros((BT, BT), tl.float32)
+        b_dbeta = tl.zeros((BT,), tl.float32)
+        b_dwhole = tl.zeros((BV,), tl.float32)
+        o_row = (i_b * T + i_first) * HV + i_hv
+        p_do = do + i_b * stride_do_b + i_first * stride_do_t + i_hv * stride_do_h
+        p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
+        b_from_q = b_decay * b_q_scale * scale
+        for i_v in range(tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = m_t[:, None] & (o_v < V)[None, :]
+            o_tv = o_i[:, None] * (HV * V) + o_v[None, :]
+            o_do = o_i[:, None] * stride_do_t + o_v[None, :] * stride_do_v
+            b_do = tl.load(p_do + o_do, m_v, 0.0).to(DOT)
+            b_u = tl.load(u + o_row * V + o_tv, m_v, 0.0).to(DOT)
+            b_dr = tl.load(dr + o_row * V + o_tv, m_v, 0.0).to(DOT)
+            m_S = (o_v < V)[:, None] & (o_k < K)[None, :] & (valid > 0)
+            o_S = o_v[:, None] * K + o_k[None, :]
+            p_S = (i_place.to(tl.int64) * HV + i_hv) * (V * K)
+            b_S = tl.load(states + p_S + o_S, m_S, 0.0).to(DOT)
+            b_dS = tl.load(dstates + p_S + o_S, m_S, 0.0).to(DOT)
+            b_dP = tl.dot(b_do, tl.trans(b_u), b_dP, input_precision=PRECISION)
+            b_dA = tl.dot(b_dr, tl.trans(b_u), b_dA, input_precision=PRECISION)
+            b_drS = tl.dot(b_dr, b_S, b_drS, input_precision=PRECISION)
+            b_do = (b_do.to(tl.float32) * b_from_q[:, None]).to(DOT)
+            b_dq = tl.dot(b_do, b_S, b_dq, input_precision=PRECISION)
+            b_u = (b_u.to(tl.float32) * (b_tail * b_k_scale)[:, None]).to(DOT)
+            b_dk = tl.dot(b_u, b_dS, b_dk, input_precision=PRECISION)
+            if HAS_G:
+                b_dwhole += row_products(b_S, b_dS)
+            if HAS_BETA:
+                o_vv = o_i[:, None] * stride_v_t + o_v[None, :] * stride_v_v
+                b_dbeta += row_products(b_dr, tl.load(p_v + o_vv, m_v, 0.0))
+            b_dv = (b_dr.to(tl.float32) * b_beta[:, None]).to(dv.dtype.element_ty)
+            tl.store(dv + o_row * V + o_tv, b_dv, m_stored[:, None] & (o_v < V)[None, :])
+
+        b_drS *= -(b_decay * b_k_scale)[:, None]
+        b_dG_k = row_products(b_drS, b_k)
+        if HAS_G:
+            b_dG += row_products(b_dq, b_q) + b_beta * b_dG_k
+            b_dG_tail += row_products(b_dk, b_k)
+        b_dk += b_drS * b_beta[:, None]
+
+        # From token to token; of the products of q and k as they were read.
+        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs) * b_k_scale[None, :]
+        b_dP *= b_D * (b_q_scale * scale)[:, None]
+        b_dA = tl.where(m_lower, -b_dA * b_D * b_k_scale[:, None], 0.0)
+        b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_dA
+        if HAS_BETA:
+            b_dbeta += b_dG_k + tl.sum(b_A, 1)
+            p_dbeta = dbeta + o_row + o_i * HV
+            tl.store(p_dbeta, b_dbeta.to(dbeta.dtype.element_ty), m_stored)
+            b_A *= b_beta[:, None]
+            b_dA *= b_beta[:, None]
+        if HAS_G:
+            b_A += tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_dP
+            b_dG += tl.sum(b_A, 1) - tl.sum(b_A, 0)
+            b_dg = tl.cumsum(b_dG, 0, reverse=True)
+            # The decays to the end of the chunk that a token's own is part of: those before it.
+            b_dg += tl.cumsum(b_dG_tail, 0) - b_dG_tail
+            b_dg += tl.exp2(b_last.to(tl.float32)) * tl.sum(b_dwhole)
+            tl.store(dg + o_row + o_i * HV, b_dg, m_stored)
+        b_dP = b_dP.to(DOT)
+        b_dA = b_dA.to(DOT)
+        b_dq = tl.dot(b_dP, b_k, b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_dP), b_q, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(b_dA, b_k, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_dA), b_k, b_dk, input_precision=PRECISION)
+
+    if USE_QK_L2NORM:
+        b_dq -= b_q * (b_q_scale * b_q_scale * row_products(b_q, b_dq))[:, None]
+        b_dk -= b_k * (b_k_scale * b_k_scale * row_products(b_k, b_dk))[:, None]
+    m_k = m_stored[:, None] & (o_k < K)[None, :]
+    p_dk = dk + ((i_b * T + i_first) * H + i_h) * K + o_i[:, None] * (H * K) + o_k[None, :]
+    tl.store(p_dk, b_dk.to(dk.dtype.element_ty), m_k)
+    store_output(
+        dq,
+        (i_b, (i_first + o_i)[:, None], i_h, o_k[None, :]),
+        (stride_dq_b, stride_dq_t, stride_dq_h, stride_dq_k),
+        b_dq,
+        m_k,
+    )
