@@ -44,7 +44,7 @@ def silu(b_x):
 @triton.jit
 def load_history(p_h, o_r, m_d, stride_h, W: tl.constexpr):
     """Entries ``r .. r + BR - 1`` of h for each ``r`` below ``W - 1``, where they are history."""
-    history = ()
+    history: tl.tuple = ()
     for r in tl.static_range(W - 1):
         b_h = tl.load(p_h + (o_r + r) * stride_h, m_d & (o_r + r < W - 1), 0.0)
         history += (b_h.to(tl.float32),)
@@ -144,7 +144,7 @@ def causal_conv1d_kernel(
     p_x += i_d * stride_x_d + o_d * stride_x_d
     p_r = p_x + t_first.to(tl.int64) * stride_x_t
     o_r = tl.arange(0, BR)[:, None]
-    rows = ()
+    rows: tl.tuple = ()
     for r in tl.static_range(1 - W, BT // BR):
         o_t = t_first + (o_r + r)
         b_r = tl.load(p_r + (o_r + r) * stride_x_t, m_d & (o_t >= 0) & (o_t < L), 0.0)
@@ -173,7 +173,7 @@ def causal_conv1d_kernel(
             i_column = tl.where(is_live, i_column, 0)
         i_slot = tl.where(is_live, i_slot, 0)
 
-    history = ()
+    history: tl.tuple = ()
     for _ in tl.static_range(W - 1):
         history += (tl.zeros([BR, BD], tl.float32),)
     p_h = None
@@ -345,6 +345,16 @@ def causal_conv1d_(
     null_index: int = -1,
 ) -> Tensor:
     """``torch.ops.gdn.causal_conv1d_`` of checked arguments."""
-    slots = (state_indices, num_accepted_tokens, cu_seqlens)
-    options = {"activation": activation, "null_index": null_index}
-    return _launch(x, weight, bias, state, state, *slots, is_pool=True, **options)
+    return _launch(
+        x,
+        weight,
+        bias,
+        state,
+        state,
+        state_indices,
+        num_accepted_tokens,
+        cu_seqlens,
+        is_pool=True,
+        activation=activation,
+        null_index=null_index,
+    )

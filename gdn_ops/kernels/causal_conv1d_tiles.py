@@ -48,6 +48,7 @@ def tokens_of_program(
 @triton.jit
 def load_taps(weight, o_d, m_d, stride_weight_d, stride_weight_w, W: tl.constexpr):
     """The ``W`` taps of channels ``o_d [1, BD]``, a tuple of tiles like it."""
+    taps: tl.tuple = ()
     if W == 4:
         # One load of all four: tap by tap, the lanes would read with gaps between them.
         o_w = tl.arange(0, 4)
@@ -58,7 +59,6 @@ def load_taps(weight, o_d, m_d, stride_weight_d, stride_weight_w, W: tl.constexp
         b_1, b_3 = tl.split(b_odd)
         taps = (b_0[None, :], b_1[None, :], b_2[None, :], b_3[None, :])
     else:
-        taps = ()
         for j in tl.static_range(W):
             p_w = weight + o_d * stride_weight_d + j * stride_weight_w
             taps += (tl.load(p_w, m_d, 0.0),)
@@ -93,14 +93,30 @@ def causal_conv1d_config(
         has_wide_state: Channels are not contiguous in the states.
     """
     L = triton.cdiv(T, N) if is_varlen else T
-    most = 16
-    least = triton.next_power_of_2(W - 1) if is_varlen or T > most else 1
-    if is_channel_major and L >= most:
+    least = triton.next_power_of_2(W - 1) if is_varlen or T > 16 else 1
+    if is_channel_major and L >= 16:
         BT = max(32, least)
         return BT, BT, 32, 2
-    BT = max(min(triton.next_power_of_2(L), most), least)
+    BT = max(min(triton.next_power_of_2(L), 16), least)
     BD = min(64 if has_wide_state and L <= 4 else 512 // itemsize, triton.next_power_of_2(D))
     # Fewer programs than this leave multiprocessors idle.
     while BD > 64 and N * triton.cdiv(L, BT) * triton.cdiv(D, BD) < 512:
         BD //= 2
     return BT, 1, BD, 1
+
+
+def causal_conv1d_backward_config(
+    N: int, T: int, D: int, W: int, *, itemsize: int, is_varlen: bool
+) -> tuple[int, int, int, int]:
+    """``BT``, ``BR``, ``BD`` and warps of the backward kernel; arguments as above.
+
+    Each program leaves ``W + 1`` float32 numbers a channel, and does ``W - 1`` tokens that the next
+    one does too: with 128 tokens both are a small part of the whole.
+    """
+    L = triton.cdiv(T, N) if is_varlen else T
+    BR = max(8, triton.next_power_of_2(W - 1))
+    BD = min(256 // itemsize, triton.next_power_of_2(D))
+    steps = max(2, min(128, triton.next_power_of_2(L + W - 1)) // BR)
+    while steps > 2 and N * triton.cdiv(L, steps * BR) * triton.cdiv(D, BD) < 2048:
+        steps //= 2
+    return steps * BR - (W - 1), BR, BD, 1
