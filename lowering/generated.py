@@ -5,6 +5,7 @@ the wrapper as it stands; only what it takes from CUDA is replaced.
 """
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -148,15 +149,6 @@ def load_kernel(name: str, source: str) -> Kernel:
     return kernel
 
 
-def kernel_sources(code: str) -> dict[str, str]:
-    """The source of each Triton kernel of a module, by name."""
-    return {
-        ast.literal_eval(node.args[0]): ast.literal_eval(node.args[1])
-        for node in ast.walk(ast.parse(code))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "async_compile.triton"
-    }
-
-
 def kernel_origins(code: str) -> dict[str, tuple[list[str], list[str]]]:
     """What Inductor fused into each kernel: names of the user's operations, and ATen's."""
     comment = re.compile(
@@ -168,6 +160,19 @@ def kernel_origins(code: str) -> dict[str, tuple[list[str], list[str]]]:
         found["name"]: (found["nodes"].split(", "), found["aten"].split(", "))
         for found in comment.finditer(code)
     }
+
+
+def library_calls(code: str) -> dict[str, int]:
+    """What a module calls beside its kernels, and how often: products, and opaque operators."""
+    count: collections.Counter[str] = collections.Counter()
+    for function in ast.walk(ast.parse(code)):
+        if isinstance(function, ast.FunctionDef) and re.match(r"call$|partition_", function.name):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call):
+                    name = ast.unparse(node.func)
+                    if re.match(r"extern_kernels\.|torch\.ops\.|aten\.", name):
+                        count[name] += 1
+    return dict(count)
 
 
 def _without(node: ast.stmt, names: Mapping[str, Any]) -> ast.stmt | None:
