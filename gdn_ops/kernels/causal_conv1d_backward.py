@@ -295,6 +295,6 @@ def causal_conv1d_backward(
         num_stages=1,
     )
     sums = dtaps.sum(0)  # [W + 1, D]
-    dweight = sums[:W].mT.to(weight.dtype, memory_format=torch.contiguous_format)
+    dweight = sums[:W].mT.to(weight.dtype).contiguous()
     dbias = x.new_empty(0) if bias is None else sums[W].to(bias.dtype)
     return dx, dweight, dbias, x.new_empty(0) if dstate is None else dstate

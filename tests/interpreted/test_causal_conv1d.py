@@ -3,6 +3,7 @@
 import oracle
 import pytest
 import torch
+from autograd_oracle import assert_equals_autograd, gradients_of
 from inputs import cu_seqlens, generator, indices, make_convolution, spread
 from tolerance import (
     assert_all_as_accurate_as_plain,
@@ -12,10 +13,13 @@ from tolerance import (
 )
 
 from gdn_ops.kernels.causal_conv1d import causal_conv1d, causal_conv1d_, supports
+from gdn_ops.kernels.causal_conv1d_backward import causal_conv1d_backward
 
 D, W = 20, 4
 LENGTHS = (3, 0, 33, 1, 2)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+NAMES = ("x", "weight", "bias", "initial_state")
+# NumPy warns where the exponential of silu overflows to infinity, as it does on a GPU.
+overflows = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 
 
 def _history(N, D=D, W=W, S=1, dtype=torch.float32):
@@ -43,8 +47,43 @@ def _assert_updates_like_oracle(x, weight, bias, pool, *args, **options):
     return y
 
 
-@dtypes
-@pytest.mark.parametrize("activation", [None, "silu"])
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, activation, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.activation = activation
+        return causal_conv1d(*inputs, activation=activation)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        inputs = ctx.saved_tensors
+        gradients = causal_conv1d_backward(*upstream, *inputs, activation=ctx.activation)
+        present = [None if x is None else g for g, x in zip(gradients, inputs, strict=False)]
+        return None, *present, *[None] * (len(inputs) - len(present))
+
+
+def _differentiable(*inputs, activation=None):
+    return _Convolution.apply(activation, *inputs)
+
+
+def _assert_gradients(tensors, *args, **options):
+    x, weight = tensors[:2]
+    terms = max(weight.shape[1], x.shape[0] * x.shape[1])  # a tap meets every token
+    assert_equals_autograd(
+        _differentiable, oracle.convolution, NAMES, tensors, *args, terms=terms, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [
+        (torch.float32, None),
+        (torch.float32, "silu"),
+        (torch.bfloat16, "silu"),
+        (torch.float16, None),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("B", "T", "D", "W"),
     [(1, 1, 1, 2), (2, 1, 8, 4), (2, 2, 70, 4), (1, 33, 7, 3), (1, 17, 20, 4), (1, 35, 8, 7)],
@@ -64,14 +103,13 @@ def test_every_option_means_what_the_oracle_says(with_bias, parameter_dtype, sta
     _assert_equals_oracle(x, weight, bias, state, activation="silu")
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("layout", [_channel_major, torch.Tensor.contiguous], ids=["td", "dt"])
 @pytest.mark.parametrize("with_state", [False, True], ids=["", "state"])
-def test_packed_rows_equal_the_oracle(with_state, layout, index_dtype):
+def test_packed_rows_equal_the_oracle(with_state, layout):
     """Empty sequences hand their state on; tokens of no sequence, here NaN, give zero."""
     used = sum(LENGTHS)
-    x, weight, bias = make_convolution(1, used + 21, D, W)
-    bounds = cu_seqlens(LENGTHS, index_dtype)
+    x, weight, bias = make_convolution(1, used + 18, D, W)
+    bounds = cu_seqlens(LENGTHS, torch.int64 if with_state else torch.int32)
     state = _history(len(LENGTHS)) if with_state else None
     y, _ = _assert_equals_oracle(layout(x), weight, bias, state, bounds, activation="silu")
     x[:, used:] = torch.nan
@@ -80,10 +118,11 @@ def test_packed_rows_equal_the_oracle(with_state, layout, index_dtype):
     assert not y[:, used:].any()
 
 
-@pytest.mark.parametrize("lengths", [(0, 0, 5), (16, 16, 0, 0), (1,) * 30, (31, 2)], ids=str)
+@pytest.mark.parametrize("lengths", [(0, 0, 5), (16, 16, 0, 0), (1,) * 9, (31, 2)], ids=str)
 def test_every_block_of_packed_rows_has_a_program(lengths):
     x, weight, bias = make_convolution(1, sum(lengths), 4, W)
     _assert_equals_oracle(x, weight, bias, _history(len(lengths), 4), cu_seqlens(lengths))
+    _assert_gradients((x, weight, bias, _history(len(lengths), 4)), cu_seqlens(lengths))
 
 
 @pytest.mark.parametrize("T", [1, 3, 40])
@@ -101,7 +140,7 @@ def test_strides_do_not_matter(T):
         assert_bitwise_equal(actual, y)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("S", [1, 3])
 def test_a_pool_of_any_dtype_equals_the_oracle(S, dtype):
     """With ``S > 1`` the plain update keeps the first columns and leaves the others alone."""
@@ -198,10 +237,68 @@ def test_a_verify_loop_equals_convolving_the_accepted_tokens_bit_for_bit(seed):
     assert_bitwise_equal(pool[..., accepted - 1 : accepted + W - 2], final, "state")
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("width", [2, 4, 5, 9])
+@pytest.mark.parametrize("T", [1, 3, 15])
+def test_gradients_equal_autograd_through_the_loop(T, width, activation):
+    tensors = (*make_convolution(2, T, D, width), _history(2, W=width))
+    _assert_gradients(tensors, activation=activation)
+
+
+@pytest.mark.parametrize("missing", ["bias", "initial_state"])
+def test_gradients_where_an_argument_is_missing(missing):
+    tensors = dict(zip(NAMES, (*make_convolution(2, 9, D, W), _history(2)), strict=True))
+    tensors[missing] = None
+    _assert_gradients(tuple(tensors.values()), activation="silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parameter_dtype", [None, torch.float32], ids=["dtype-of-x", "float32"])
+def test_gradients_have_the_dtypes_of_what_they_belong_to(parameter_dtype, dtype):
+    x, *parameters = make_convolution(2, 9, D, W, dtype)
+    parameters = [p.to(parameter_dtype or dtype) for p in parameters]
+    _assert_gradients((x, *parameters, _history(2)), activation="silu")
+
+
+def test_gradients_of_packed_rows_are_the_same_every_time_and_zero_past_the_last():
+    x, weight, bias = make_convolution(1, sum(LENGTHS) + 18, D, W)
+    x[:, sum(LENGTHS) :] = torch.nan
+    tensors, bounds = (x, weight, bias, _history(len(LENGTHS))), cu_seqlens(LENGTHS)
+    gradients = gradients_of(_differentiable, tensors, bounds, activation="silu")
+    assert not gradients[0][:, sum(LENGTHS) :].any()
+    again = gradients_of(_differentiable, tensors, bounds, activation="silu")
+    for name, one, other in zip(NAMES, gradients, again, strict=True):
+        assert one.isfinite().all(), name
+        assert_bitwise_equal(one, other, name)
+    _assert_gradients((x.nan_to_num(), *tensors[1:]), bounds, activation="silu")
+
+
+def test_strides_of_what_gradients_are_made_of_do_not_matter():
+    x, weight, bias = make_convolution(2, 9, D, W)
+    given = (torch.ones_like(x), _history(2), x, weight, bias, _history(2))
+    expected = causal_conv1d_backward(*given, activation="silu")
+    strided = (
+        torch.ones(()).expand(x.shape),
+        given[1].mT.contiguous().mT,
+        _channel_major(x),
+        weight.mT.contiguous().mT,
+        torch.stack([bias, bias], 1)[:, 1],
+        given[5].mT.contiguous().mT,
+    )
+    actual = causal_conv1d_backward(*strided, activation="silu")
+    for name, one, other in zip(NAMES, actual, expected, strict=True):
+        assert_bitwise_equal(one, other, name)
+        assert one.is_contiguous(), name
+
+
+@overflows
 def test_silu_is_finite_far_from_zero():
     x, weight, bias = make_convolution(1, 9, D, W)
     y, _ = causal_conv1d(1e4 * x, weight, bias, activation="silu")
     assert y.isfinite().all()
+    tensors = (1e4 * x, weight, bias, _history(1))
+    gradients = gradients_of(_differentiable, tensors, activation="silu")
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_float64_is_not_served():
