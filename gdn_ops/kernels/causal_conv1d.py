@@ -18,7 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .causal_conv1d_tiles import causal_conv1d_config, load_taps, tokens_of_program
+from .causal_conv1d_tiles import (
+    causal_conv1d_config,
+    load_taps,
+    packed_tokens_of_program,
+    tokens_of_program,
+)
 from .output import store_output
 
 AXES = {
@@ -131,9 +136,12 @@ def causal_conv1d_kernel(
     ND: tl.constexpr = (D + BD - 1) // BD
     i_p = tl.program_id(0) // ND
     i_d = (tl.program_id(0) % ND).to(tl.int64) * BD
-    i_n, i_b, t_start, L, i_t, is_live = tokens_of_program(
-        i_p, tl.num_programs(0) // ND, cu_seqlens, stride_cu_seqlens_n, T, IS_VARLEN, BT
-    )
+    if IS_VARLEN:
+        i_n, i_b, t_start, L, i_t, is_live = packed_tokens_of_program(
+            i_p, tl.num_programs(0) // ND, cu_seqlens, stride_cu_seqlens_n, T, BT
+        )
+    else:
+        i_n, i_b, t_start, L, i_t, is_live = tokens_of_program(i_p, T, BT)
     t_first = i_t * BT  # in the sequence
     o_d = tl.arange(0, BD)[None, :]
     m_d = i_d + o_d < D
@@ -177,11 +185,13 @@ def causal_conv1d_kernel(
     for _ in tl.static_range(W - 1):
         history += (tl.zeros([BR, BD], tl.float32),)
     p_h = None
+    stride_h = 0
     if HAS_STATE:
+        stride_h = stride_state_c
         p_h = state + i_slot * stride_state_n + i_column * stride_state_c
         p_h += i_d * stride_state_d + o_d * stride_state_d
         if i_t == 0:
-            history = load_history(p_h, o_r, m_d & is_live, stride_state_c, W)
+            history = load_history(p_h, o_r, m_d & is_live, stride_h, W)
 
     for r in tl.static_range(BT // BR):
         b_y = tl.zeros([BR, BD], tl.float32) + b_bias
@@ -221,7 +231,7 @@ def causal_conv1d_kernel(
             tl.where(is_live, columns, 0),
             m_d,
             stride_final_state_c,
-            stride_state_c,
+            stride_h,
             stride_x_t,
             W,
             HAS_STATE,

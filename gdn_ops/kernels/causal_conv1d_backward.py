@@ -14,7 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .causal_conv1d_tiles import causal_conv1d_backward_config, load_taps, tokens_of_program
+from .causal_conv1d_tiles import (
+    causal_conv1d_backward_config,
+    load_taps,
+    packed_tokens_of_program,
+    tokens_of_program,
+)
 from .output import store_output
 
 AXES = {
@@ -119,9 +124,12 @@ def causal_conv1d_backward_kernel(
     ND: tl.constexpr = (D + BD - 1) // BD
     i_p = tl.program_id(0) // ND
     i_d = (tl.program_id(0) % ND).to(tl.int64) * BD
-    i_n, i_b, t_start, L, i_t, is_live = tokens_of_program(
-        i_p, tl.num_programs(0) // ND, cu_seqlens, stride_cu_seqlens_n, T, IS_VARLEN, BT
-    )
+    if IS_VARLEN:
+        i_n, i_b, t_start, L, i_t, is_live = packed_tokens_of_program(
+            i_p, tl.num_programs(0) // ND, cu_seqlens, stride_cu_seqlens_n, T, BT
+        )
+    else:
+        i_n, i_b, t_start, L, i_t, is_live = tokens_of_program(i_p, T, BT)
     o_d = tl.arange(0, BD)[None, :]
     m_d = i_d + o_d < D
     m_live = m_d & is_live
@@ -152,7 +160,9 @@ def causal_conv1d_backward_kernel(
     p_df = dfinal_state + i_row * stride_dfinal_state_n
     p_df += i_d * stride_dfinal_state_d + o_d * stride_dfinal_state_d
     p_h = None
+    stride_h = 0
     if HAS_STATE:
+        stride_h = stride_state_c
         p_h = state + i_row * stride_state_n + i_d * stride_state_d + o_d * stride_state_d
 
     p_dh = None
@@ -160,9 +170,7 @@ def causal_conv1d_backward_kernel(
         p_dh = dstate + i_row * stride_dstate_n + i_d * stride_dstate_d + o_d * stride_dstate_d
 
     t_first = i_t * BT
-    rows = load_inputs_before(
-        p_x, p_h, t_first, L, m_live, stride_x_t, stride_state_c, W, HAS_STATE
-    )
+    rows = load_inputs_before(p_x, p_h, t_first, L, m_live, stride_x_t, stride_h, W, HAS_STATE)
     for i in range(0, tl.minimum(L - t_first, BT) + W - 1, BR):
         t = t_first + i
         h = rows + load_tokens(p_x, t, L, m_live, stride_x_t, BR)

@@ -5,44 +5,32 @@ import triton.language as tl
 
 
 @triton.jit
-def tokens_of_program(
-    i_p,
-    programs,
-    cu_seqlens,
-    stride_cu_seqlens_n,
-    T,
-    IS_VARLEN: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Sequence, batch row, first token and length of it, block within it; and whether it is one.
+def tokens_of_program(i_p, T, BT: tl.constexpr):
+    """Sequence, batch row, first token and length of it, block within it; and whether it is one."""
+    NT = (T + BT - 1) // BT
+    i_n = i_p // NT
+    return i_n, i_n, i_p * 0, T, i_p % NT, i_p >= 0
 
-    Sequence ``n`` of packed rows has the programs from ``cu_seqlens[n] // BT + n`` on, at least as
-    many as it has blocks, so that ``T // BT + N + 1`` programs suffice for any bounds.
+
+@triton.jit
+def packed_tokens_of_program(i_p, programs, cu_seqlens, stride_n, T, BT: tl.constexpr):
+    """The same for packed rows.
+
+    Sequence ``n`` has the programs from ``cu_seqlens[n] // BT + n`` on, at least as many as it has
+    blocks, so that ``T // BT + N + 1`` programs suffice for any bounds.
     """
-    if IS_VARLEN:
-        N = programs - T // BT - 1
-        i_n = -1
-        for i in range(0, N + 1, 128):
-            o_n = i + tl.arange(0, 128)
-            m_n = o_n <= N
-            b_n = tl.load(cu_seqlens + o_n * stride_cu_seqlens_n, m_n, 0).to(tl.int32)
-            i_n += tl.sum((m_n & (b_n // BT + o_n <= i_p)).to(tl.int32), 0)
-        is_live = i_n < N
-        p_n = cu_seqlens + i_n * stride_cu_seqlens_n
-        t_start = tl.minimum(tl.load(p_n).to(tl.int32), T)
-        t_end = tl.minimum(tl.load(p_n + stride_cu_seqlens_n, is_live, T).to(tl.int32), T)
-        i_b = i_n * 0
-        i_t = i_p - t_start // BT - i_n
-        L = t_end - t_start
-    else:
-        NT = (T + BT - 1) // BT
-        i_n = i_p // NT
-        i_b = i_n
-        i_t = i_p % NT
-        t_start = 0
-        L = T
-        is_live = True
-    return i_n, i_b, t_start, L, i_t, is_live
+    N = programs - T // BT - 1
+    i_n = -1
+    for i in range(0, N + 1, 128):
+        o_n = i + tl.arange(0, 128)
+        m_n = o_n <= N
+        b_n = tl.load(cu_seqlens + o_n * stride_n, m_n, 0).to(tl.int32)
+        i_n += tl.sum((m_n & (b_n // BT + o_n <= i_p)).to(tl.int32), 0)
+    is_live = i_n < N
+    p_n = cu_seqlens + i_n * stride_n
+    t_start = tl.minimum(tl.load(p_n).to(tl.int32), T)
+    t_end = tl.minimum(tl.load(p_n + stride_n, is_live, T).to(tl.int32), T)
+    return i_n, i_n * 0, t_start, t_end - t_start, i_p - t_start // BT - i_n, is_live
 
 
 @triton.jit
