@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench train clean
+.PHONY: demo test lint bench train gpu-test gpu-bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/generate.py $(ARGS)
@@ -26,6 +26,13 @@ bench: $(STAMP)
 
 train: $(STAMP)
 	$(BIN)/python examples/train.py $(ARGS)
+
+# On a machine with a GPU and its own torch, in the Python that has it: nothing is set up.
+gpu-test:
+	GDN_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu $(ARGS)
+
+gpu-bench:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

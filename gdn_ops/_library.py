@@ -4,6 +4,7 @@
 with a mutated argument 37 us (torch 2.13, CPU), which is why the operators are registered by hand.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -36,6 +37,7 @@ def register_operator(
     fake: Callable[..., Any],
     kernels: str | None = None,
     check_data: Callable[..., None] | None = None,
+    function: str | None = None,
 ) -> None:
     """Define ``torch.ops.gdn.<name>`` from its schema, its eager implementation and its fake.
 
@@ -43,15 +45,16 @@ def register_operator(
         schema: ``"name(Tensor x, ...) -> Tensor"``.
         reference: The implementation in plain PyTorch, for every device.
         fake: Shapes, dtypes and strides of the outputs; must not read data.
-        kernels: The module of ``gdn_ops.kernels`` with a function ``name`` for CUDA. Default: none.
-        check_data: Called with the arguments before that function: the checks of ``GDN_DEBUG=1``.
+        kernels: The module of ``gdn_ops.kernels`` that launches it on CUDA. Default: none.
+        check_data: Called with the arguments before a launch: the checks of ``GDN_DEBUG=1``.
+        function: Name of the launching function. Default: that of the operator.
     """
     _LIBRARY.define(schema, tags=_TAGS)
     name = schema.partition("(")[0]
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gdn::{name}", switch_on_lowering(fake), lib=_LIBRARY)
     if kernels is not None:
-        on_gpu = _with_kernels(name, reference, fake, kernels, check_data)
+        on_gpu = _with_kernels(name, reference, fake, kernels, check_data, function or name)
         _LIBRARY.impl(name, on_gpu, "CUDA")
         KERNELS[name] = on_gpu
 
@@ -66,21 +69,52 @@ def _with_kernels(
     fake: Callable[..., Any],
     module: str,
     check_data: Callable[..., None] | None,
+    function: str,
 ) -> Callable[..., Any]:
     """The operator on its kernels, or in plain PyTorch where they cannot serve a call."""
 
+    # Calls that were checked and can be served, by all that the checks look at.
+    served: set[Any] = set()
+
+    def is_served(args: tuple[Any, ...], keywords: dict[str, Any], kernels: Any) -> bool:
+        reason = "triton is not installed" if kernels is None else kernels.supports(*args)
+        if reason is not None:
+            _say_once(f"{name}: runs in plain PyTorch: {reason}")
+            return False
+        fake(*args, **keywords)  # raises what the operator raises; its outputs are dropped
+        return True
+
     def on_gpu(*args: Any, **keywords: Any) -> Any:
         kernels = _load(module)
-        reason = "triton is not installed" if kernels is None else kernels.supports(*args)
-        if kernels is None or reason is not None:
-            _say_once(f"{name}: runs in plain PyTorch: {reason}")
-            return reference(*args, **keywords)
-        fake(*args, **keywords)  # raises what the operator raises; its outputs are dropped
+        signature = (*map(_kind, args), *keywords.values())
+        if signature not in served:
+            if not is_served(args, keywords, kernels):
+                return reference(*args, **keywords)
+            if len(served) >= _MOST_SIGNATURES:
+                served.clear()
+            served.add(signature)
         if check_data is not None and debug():
             check_data(*args, **keywords)
-        return getattr(kernels, name)(*args, **keywords)
+        with _current_device(args[0].device):
+            return getattr(kernels, function)(*args, **keywords)
 
     return on_gpu
+
+
+# Lengths are part of a signature, so they are forgotten when there are many.
+_MOST_SIGNATURES = 4096
+
+
+def _kind(x: Any) -> Any:
+    """What a check may look at."""
+    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else x
+
+
+def _current_device(device: torch.device) -> Any:
+    """A context in which kernels are launched on ``device``."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.cache

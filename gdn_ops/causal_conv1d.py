@@ -8,6 +8,8 @@ Source: the convolution before Gated DeltaNet in Qwen3-Next (Hugging Face transf
 ``causal_conv1d_fn`` and ``causal_conv1d_update``); checked by tests/test_causal_conv1d.py.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -279,11 +281,42 @@ def _fake_(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _check_data(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    **_: Any,
+) -> None:
+    check_bounds("causal_conv1d", cu_seqlens, x.shape[1])
+
+
+def _check_data_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    null_index: int = -1,
+    **_: Any,
+) -> None:
+    op = "causal_conv1d_"
+    check_bounds(op, cu_seqlens, x.shape[1])
+    bounds = Bounds.of(x, cu_seqlens)
+    resolve_slots(op, bounds, state.shape[0], state_indices, null_index=null_index)
+
+
 register_operator(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? initial_state=None, "
     "Tensor? cu_seqlens=None, *, str? activation=None) -> (Tensor y, Tensor final_state)",
     _reference,
     _fake,
+    kernels="causal_conv1d",
+    check_data=_check_data,
 )
 register_backward()
 register_operator(
@@ -292,4 +325,6 @@ register_operator(
     "str? activation=None, int null_index=-1) -> Tensor",
     _reference_,
     _fake_,
+    kernels="causal_conv1d",
+    check_data=_check_data_,
 )

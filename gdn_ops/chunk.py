@@ -19,7 +19,7 @@ from torch import Tensor
 from ._checks import check_rank
 from ._chunk_math import forward_chunk, read_chunk, spans
 from ._functional import register_functional
-from ._in_place import check_update, new_update_output, update_pool
+from ._in_place import check_update, check_update_data, new_update_output, update_pool
 from ._library import refuse_gradient, register_operator
 from ._recurrence import Scan, Store, Tokens
 from ._sequences import Block
@@ -234,7 +234,26 @@ def _fake_(
     return new_update_output(v)
 
 
-register_functional("chunk", _start_scan)
+def _check_data_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None,
+    has_initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    read_indices: Tensor | None = None,
+    *,
+    null_index: int = -1,
+    **_: Any,
+) -> None:
+    slots = (state, state_indices, cu_seqlens, null_index, read_indices)
+    check_update_data("chunk_", q, *slots)
+
+
+register_functional("chunk", _start_scan, kernels="chunk")
 register_backward("chunk")
 register_operator(
     "chunk_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, "
@@ -243,4 +262,6 @@ register_operator(
     "-> Tensor",
     _reference_,
     _fake_,
+    kernels="chunk",
+    check_data=_check_data_,
 )

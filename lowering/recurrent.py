@@ -33,8 +33,8 @@ def supports(q: IRNode) -> None:
     Raises:
         Unsupported: with the reason.
     """
-    if q.get_device().type != "cuda":
-        raise Unsupported(f"there are no kernels for {q.get_device().type}")
+    if _inductor.device(q).type != "cuda":
+        raise Unsupported(f"there are no kernels for {_inductor.device(q).type}")
     if q.get_dtype() == torch.float64:
         raise Unsupported("the kernels compute in float32; pass q in a smaller dtype")
 
@@ -131,9 +131,10 @@ def lower(
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
     absent = ("state_indices", "num_accepted_tokens", "read_indices")
     tensors |= dict.fromkeys(absent)
-    tensors["final_state"] = _inductor.new_buffer(v, [N, HV, V, K], dtype)
+    final_state = _inductor.new_buffer(v, [N, HV, V, K], dtype)
+    tensors["final_state"] = final_state
     o = _call(tensors, scale, use_qk_l2norm, -1, in_place=False)
-    return o, _inductor.as_result(tensors["final_state"])
+    return o, _inductor.as_result(final_state)
 
 
 def lower_(

@@ -20,6 +20,8 @@ def delta_rule(name, q, k, v, g, beta, initial_state, **options):
     """``o`` and ``final_state [N, HV, V, K]`` of the function ``name``, in float64."""
     # Behind a decorator that may hand the call to kernels, where they are installed.
     function = inspect.unwrap(getattr(modeling, name))
+    # Model code of transformers 5.17 and older repeats the heads outside of the function.
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
     tokens = (x.cpu().double() for x in (q, k, v, g, beta))
     state = None if initial_state is None else initial_state.cpu().double().mT
     with mock.patch.object(modeling, "torch", _Float64Torch()):

@@ -64,6 +64,6 @@ def test_decay_of_infinity_forgets_everything(device):
     tokens.g[:, 1] = -torch.inf
     state = make_state(1, 2, 8, 16, device=device)
     _, from_state = recurrent(*tokens, state)
-    _, from_zero = recurrent(*tokens)
+    _, from_zero = recurrent(*tokens, torch.zeros_like(state))
     assert from_state.isfinite().all()
     assert_bitwise_equal(from_state, from_zero)

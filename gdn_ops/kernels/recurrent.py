@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import recurrent_config
+from .launch import launch, strides
 from .norm import inverse_norm
 from .output import store_output
 
@@ -150,14 +151,14 @@ def recurrent_kernel(
     if IS_POOL:
         if HAS_INDICES:
             p_row = state_indices + i_row * stride_state_indices_n
-            i_column = 0
+            p_read = p_row
+            if IS_TABLE:
+                is_live = is_live & (L <= S)
             if HAS_ACCEPTED:
                 i_column = tl.load(num_accepted_tokens + i_row * stride_num_accepted_tokens_n) - 1
                 is_live = is_live & (i_column >= 0) & (i_column < S)
-                i_column = tl.where(is_live, i_column, 0)
-            if IS_TABLE:
-                is_live = is_live & (L <= S)
-            i_read = tl.load(p_row + i_column * stride_state_indices_s).to(tl.int64)
+                p_read += tl.where(is_live, i_column, 0) * stride_state_indices_s
+            i_read = tl.load(p_read).to(tl.int64)
             i_write = i_read
         if HAS_READ_INDICES:
             i_read = tl.load(read_indices + i_row * stride_read_indices_n).to(tl.int64)
@@ -206,8 +207,8 @@ def recurrent_kernel(
             m_v,
         )
         if IS_TABLE:
-            i_column = tl.minimum(i_t - t_start, S - 1) * stride_state_indices_s
-            i_slot = tl.load(p_row + i_column).to(tl.int64)
+            i_token = tl.minimum(i_t - t_start, S - 1)
+            i_slot = tl.load(p_row + i_token * stride_state_indices_s).to(tl.int64)
             m_f = m_s & is_live & (i_slot > null_index)
             p_slot = p_f + tl.maximum(i_slot, 0) * stride_final_state_n
             tl.store(p_slot, b_s.to(final_state.dtype.element_ty), m_f)
@@ -221,12 +222,6 @@ def supports(q: Tensor, *_: object, **__: object) -> str | None:
     if q.dtype == torch.float64:
         return "the kernels compute in float32; q is float64"
     return None
-
-
-def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
-    """Strides of a tensor, zero for dimensions that it does not have."""
-    strides = () if x is None else x.stride()
-    return (*strides, *(0,) * (rank - len(strides)))
 
 
 def _launch(
@@ -254,55 +249,47 @@ def _launch(
     BK = triton.next_power_of_2(K)
     BV, num_warps = recurrent_config(K, V, final_state.dtype.itemsize)
     is_table = state_indices is not None and state_indices.dim() == 2
-    recurrent_kernel[(N * HV * triton.cdiv(V, BV),)](
-        q,
-        k,
-        v,
-        g,
-        beta,
-        state,
-        final_state,
-        state_indices,
-        num_accepted_tokens,
-        cu_seqlens,
-        read_indices,
-        o,
+    slots = (state_indices, num_accepted_tokens, cu_seqlens, read_indices)
+    tensors = (q, k, v, g, beta, state, final_state, *slots, o)
+    numbers = (
         *q.stride(),
         *k.stride(),
         *v.stride(),
-        *_strides(g, 4),
-        *_strides(beta, 3),
-        *_strides(state, 4),
+        *strides(g, 4),
+        *strides(beta, 3),
+        *strides(state, 4),
         *final_state.stride(),
-        *_strides(state_indices, 2),
-        *_strides(num_accepted_tokens, 1),
-        *_strides(cu_seqlens, 1),
-        *_strides(read_indices, 1),
+        *strides(state_indices, 2),
+        *strides(num_accepted_tokens, 1),
+        *strides(cu_seqlens, 1),
+        *strides(read_indices, 1),
         *o.stride(),
         T,
-        scale=K**-0.5 if scale is None else scale,
-        null_index=null_index,
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        S=state_indices.shape[1] if state_indices is not None and is_table else 1,
-        USE_QK_L2NORM=use_qk_l2norm,
-        HAS_G=g is not None,
-        HAS_G_PER_KEY=g is not None and g.dim() == 4,
-        HAS_BETA=beta is not None,
-        HAS_STATE=state is not None,
-        IS_POOL=is_pool,
-        HAS_INDICES=state_indices is not None,
-        IS_TABLE=is_table,
-        HAS_ACCEPTED=num_accepted_tokens is not None,
-        HAS_READ_INDICES=read_indices is not None,
-        IS_VARLEN=cu_seqlens is not None,
-        BK=BK,
-        BV=BV,
-        num_warps=num_warps,
-        num_stages=1,
     )
+    constants = {
+        "scale": K**-0.5 if scale is None else scale,
+        "null_index": null_index,
+        "H": H,
+        "HV": HV,
+        "K": K,
+        "V": V,
+        "S": state_indices.shape[1] if state_indices is not None and is_table else 1,
+        "USE_QK_L2NORM": use_qk_l2norm,
+        "HAS_G": g is not None,
+        "HAS_G_PER_KEY": g is not None and g.dim() == 4,
+        "HAS_BETA": beta is not None,
+        "HAS_STATE": state is not None,
+        "IS_POOL": is_pool,
+        "HAS_INDICES": state_indices is not None,
+        "IS_TABLE": is_table,
+        "HAS_ACCEPTED": num_accepted_tokens is not None,
+        "HAS_READ_INDICES": read_indices is not None,
+        "IS_VARLEN": cu_seqlens is not None,
+        "BK": BK,
+        "BV": BV,
+    }
+    programs = N * HV * triton.cdiv(V, BV)
+    launch(recurrent_kernel, programs, tensors, numbers, constants, num_warps, 1)
     return o
 
 

@@ -1,0 +1,146 @@
+"""What only a GPU can show: compiled against eager, CUDA graphs, huge pools, races, overhead."""
+
+import time
+
+import oracle
+import pytest
+import torch
+from inputs import cu_seqlens, indices, make_inputs, make_state
+from tolerance import assert_as_accurate_as_plain, assert_bitwise_equal, witnesses
+
+import gdn_ops
+
+pytestmark = pytest.mark.gpu
+
+H, HV, K, V = 4, 8, 128, 128
+SIZES = (H, HV, K, V)
+
+
+@pytest.fixture(autouse=True)
+def cuda(device):
+    """Skips on a CPU, as every test of this file needs a GPU."""
+    if device != "cuda":
+        pytest.skip("needs a CUDA device")
+    torch.compiler.reset()
+    return device
+
+
+def _gated(operator, z):
+    """The operator and the gate that follows it in a model."""
+
+    def layer(*args, **options):
+        o = operator(*args, use_qk_l2norm=True, **options)
+        return (o[0] if isinstance(o, tuple) else o) * torch.nn.functional.silu(z)
+
+    return layer
+
+
+@pytest.mark.parametrize("T", [1, 4], ids=["decode", "verify"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_step_leaves_the_same_state_as_an_eager_one(state_dtype, T):
+    tokens = make_inputs(5, T, *SIZES, torch.bfloat16, device="cuda")
+    table = torch.randperm(5 * T, device="cuda", dtype=torch.int32).view(5, T)
+    slots = table if T > 1 else table[:, 0]
+    accepted = indices([1, 4, 2, 3, 1], device="cuda") if T > 1 else None
+    pools = [make_state(5 * T, HV, V, K, state_dtype, device="cuda") for _ in range(2)]
+    layer = _gated(gdn_ops.recurrent_, torch.randn_like(tokens.v))
+    expected = layer(*tokens, pools[0], slots, accepted)
+    actual = torch.compile(layer, fullgraph=True)(*tokens, pools[1], slots, accepted)
+    assert_bitwise_equal(pools[1], pools[0], "pool")
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_compiled_prefill_and_its_gradients_equal_eager_ones(packed):
+    tokens = make_inputs(1 if packed else 3, 300, *SIZES, torch.bfloat16, device="cuda")
+    bounds = cu_seqlens([100, 0, 137, 63], device="cuda") if packed else None
+    layer = _gated(gdn_ops.chunk, torch.randn_like(tokens.v))
+
+    def step(call):
+        leaves = [x.detach().clone().requires_grad_() for x in tokens]
+        o = call(*leaves, None, bounds)
+        return [o, *torch.autograd.grad(o.float().square().sum(), leaves)]
+
+    expected, actual = step(layer), step(torch.compile(layer, fullgraph=True, dynamic=True))
+    for x, y in zip(actual, expected, strict=True):
+        assert (x - y).norm() <= 2**-7 * y.norm()
+
+
+def test_cuda_graphs_capture_decode_and_verify_on_a_static_pool():
+    """``mode="reduce-overhead"``: four steps leave the bits that four eager steps leave."""
+    from torch._dynamo.utils import counters
+
+    tokens = make_inputs(6, 4, *SIZES, torch.bfloat16, device="cuda")
+    table = torch.randperm(24, device="cuda", dtype=torch.int32).view(6, 4)
+    pools = [make_state(24, HV, V, K, device="cuda") for _ in range(2)]
+    torch._dynamo.mark_static_address(pools[1], guard=False)
+    layer = _gated(gdn_ops.recurrent_, torch.randn_like(tokens.v))
+    counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for step in range(4):
+        accepted = torch.full((6,), step % 4 + 1, device="cuda", dtype=torch.int32)
+        layer(*tokens, pools[0], table, accepted)
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(*tokens, pools[1], table, accepted)
+        assert_bitwise_equal(pools[1], pools[0], f"pool after step {step}")
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_a_pool_may_have_more_than_2_to_the_31_elements():
+    slots = 2**31 // (HV * V * K) + 4
+    pool = torch.zeros(slots, HV, V, K, dtype=torch.bfloat16, device="cuda")
+    tokens = make_inputs(2, 1, *SIZES, torch.bfloat16, device="cuda")
+    rows = indices([slots - 1, 1], device="cuda")
+    gdn_ops.recurrent_(*tokens, pool, rows)
+    _, expected = gdn_ops.recurrent(*tokens)
+    assert_bitwise_equal(pool[rows], expected.bfloat16(), "slots")
+    assert int((pool.view(torch.int16) != 0).flatten(1).any(1).sum()) == 2
+
+
+@pytest.mark.parametrize("operator", [gdn_ops.chunk, gdn_ops.recurrent], ids=["chunk", "recurrent"])
+def test_a_thousand_runs_give_the_same_bits(operator):
+    tokens = make_inputs(2, 200, *SIZES, torch.bfloat16, device="cuda")
+    first = operator(*tokens)
+    for _ in range(1000):
+        for x, y in zip(operator(*tokens), first, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_gradients_are_deterministic():
+    tokens = make_inputs(2, 300, *SIZES, torch.bfloat16, device="cuda")
+    leaves = [x.requires_grad_() for x in tokens]
+    runs = [
+        torch.autograd.grad(gdn_ops.chunk(*leaves)[0].float().square().sum(), leaves)
+        for _ in range(20)
+    ]
+    for run in runs[1:]:
+        for x, y in zip(run, runs[0], strict=True):
+            assert torch.equal(x, y)
+
+
+def test_prefill_at_the_sizes_of_a_model_is_as_accurate_as_bfloat16_allows():
+    """Twice the error of a plain loop whose state is rounded to bfloat16 as an operand is."""
+    tokens = make_inputs(1, 500, 2, 4, 128, 128, torch.bfloat16, device="cuda")
+    exact, plain = witnesses(oracle.delta_rule, *tokens)
+    o, state = gdn_ops.recurrent(*tokens)
+    assert_as_accurate_as_plain(o, exact[0], plain[0], terms=128, name="o")
+    assert_as_accurate_as_plain(state, exact[1], plain[1], terms=128, name="state")
+    for x, y in zip(gdn_ops.chunk(*tokens), exact, strict=True):
+        assert (x.cpu().double() - y).norm() <= 2 * torch.finfo(torch.bfloat16).eps * y.norm()
+
+
+def test_a_launch_from_python_takes_less_than_30_us():
+    tokens = make_inputs(1, 1, *SIZES, torch.bfloat16, device="cuda")
+    pool = make_state(1, HV, V, K, device="cuda")
+
+    def microseconds(calls=500):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            torch.ops.gdn.recurrent_(*tokens, pool)
+        spent = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return 1e6 * spent / calls
+
+    microseconds()
+    assert min(microseconds() for _ in range(5)) < 30
