@@ -79,9 +79,15 @@ def storage_name(x: IRNode) -> str | None:
     return x.get_name()
 
 
+def device(x: IRNode) -> torch.device:
+    found = x.get_device()
+    assert found is not None
+    return found
+
+
 def contiguous_layout(like: IRNode, size: Sequence[Any], dtype: torch.dtype) -> ir.Layout:
     strides = ir.FlexibleLayout.contiguous_strides(list(size))
-    return ir.FixedLayout(like.get_device(), dtype, list(size), strides)
+    return ir.FixedLayout(device(like), dtype, list(size), strides)
 
 
 def new_buffer(like: IRNode, size: Sequence[Any], dtype: torch.dtype) -> IRNode:
@@ -158,8 +164,8 @@ def few_slots(count: Any) -> Callable[[IRNode], torch.Tensor]:
     def make(x: IRNode) -> torch.Tensor:
         size = _hints([count, *x.get_size()[1:]])
         strides = _hints(x.get_stride())
-        options = {"dtype": x.get_dtype(), "device": x.get_device()}
-        return torch.empty_strided(size, strides, **options).normal_()
+        pool = torch.empty_strided(size, strides, dtype=x.get_dtype(), device=device(x))
+        return pool.normal_()
 
     return make
 
