@@ -53,7 +53,10 @@ class Kernel:
 
     def bind(self, config: Config, args: Sequence[Any]) -> dict[str, Any]:
         """Name the arguments of a launch; those of the grid, if there are any, come last."""
-        fixed = config.constants.keys() | self.meta["constants"].keys()
+        # The wrapper passes constants too, but neither a config's nor what it left out as None.
+        typed, constants = self.meta["signature"], self.meta["constants"]
+        absent = {k for k, v in constants.items() if v is None and k not in typed}
+        fixed = absent | config.constants.keys() | {"num_warps", "num_stages"}
         names = [name for name in self.fn.arg_names if name not in fixed]
         names += self.inductor_meta.get("extra_launcher_args", ())
         return dict(zip(names, args, strict=True))

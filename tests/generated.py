@@ -37,7 +37,7 @@ def _launch(kernel: Kernel, args: Sequence[Any]) -> None:
     if "libdevice" in scope:
         scope["libdevice"] = _Libdevice()
     constants = {k: v for k, v in config.constants.items() if k in kernel.fn.arg_names}
-    kernel.fn[grid](**bound, **kernel.meta["constants"] | constants)
+    kernel.fn[grid](**bound | kernel.meta["constants"] | constants)
 
 
 def _elementwise(function: Callable[[float], float]) -> Callable[[Any], Any]:
