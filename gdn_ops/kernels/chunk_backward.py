@@ -36,7 +36,6 @@ class BackwardTiles(NamedTuple):
     warps_gradients: int
     stages_scan: int
     stages_gradients: int
-    precision: str
 
 
 def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
@@ -44,10 +43,10 @@ def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
     BK = max(16, triton.next_power_of_2(K))
     BV = max(16, triton.next_power_of_2(V))
     if dtype == torch.float32:
-        return BackwardTiles(32, BK, min(BV, 32), min(BV, 32), 4, 8, 1, 1, "ieee")
+        return BackwardTiles(32, BK, min(BV, 32), min(BV, 32), 4, 8, 1, 1)
     if BK > 128:
-        return BackwardTiles(32, BK, min(BV, 64), min(BV, 32), 8, 8, 1, 1, "ieee")
-    return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 1, "ieee")
+        return BackwardTiles(32, BK, min(BV, 64), min(BV, 32), 8, 8, 1, 1)
+    return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 1)
 
 
 def supports(
@@ -80,9 +79,21 @@ def _new_gradient(x: Tensor | None, like: Tensor) -> Tensor:
     )
 
 
+def _head_major(beta: Tensor | None, G: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
+    """``beta`` as ``[B, HV, T]``, float32, in rows as long as those of ``G``."""
+    if beta is None:
+        return None, (0, 0)
+    rows = torch.empty(G.shape, dtype=torch.float32, device=G.device)
+    rows[..., : beta.shape[1]] = beta.transpose(1, 2)
+    return rows, rows.stride()[:2]
+
+
 def _use_descriptors(*tensors: Tensor) -> bool:
     """Whether tokens may be read and written by tensor descriptors."""
-    return tensors[0].is_cuda and chunk._fits_descriptor(*tensors)
+    _, has_descriptors = chunk._device(tensors[0].device.index)
+    is_expanded = any(0 in x.stride() for x in tensors)
+    is_reduced = tensors[0].dtype != torch.float32
+    return has_descriptors and is_reduced and not is_expanded and chunk._fits_descriptor(*tensors)
 
 
 def chunk_backward(
@@ -107,7 +118,7 @@ def chunk_backward(
     BT = tiles.BT
     made = chunk.prepare(
         *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm),
-        chunk.Tiles(BT, tiles.BK, tiles.BV_SCAN, 4, 2, tiles.precision),
+        chunk.Tiles(BT, tiles.BK, tiles.BV_SCAN, tiles.warps_scan, tiles.stages_scan),
         is_scaled=False,
     )
     places = triton.cdiv(T, BT)
@@ -129,7 +140,7 @@ def chunk_backward(
         "IS_VARLEN": cu_seqlens is not None,
         "USE_QK_L2NORM": use_qk_l2norm,
         "DOT": chunk._DOT[q.dtype],
-        "PRECISION": tiles.precision,
+        "PRECISION": chunk.PRECISION,
         "BT": BT,
         "BK": tiles.BK,
     }
@@ -143,6 +154,7 @@ def chunk_backward(
     }
     scale = K**-0.5 if scale is None else scale
     G, q_scale, k_scale, inverse = made
+    beta, beta_strides = _head_major(beta, G)
     norms = (q_scale, k_scale)
     norm_strides = (*_strides(q_scale, 3)[:2], *_strides(k_scale, 3)[:2])
     rows = N * HV * triton.cdiv(V, tiles.BV_SCAN)
@@ -150,7 +162,7 @@ def chunk_backward(
         *(k, v, beta, initial_state, cu_seqlens, G, k_scale, inverse, states, u),
         *k.stride(),
         *v.stride(),
-        *_strides(beta, 3),
+        *beta_strides,
         *_strides(initial_state, 4),
         *_strides(cu_seqlens, 1),
         *G.stride()[:2],
@@ -166,7 +178,7 @@ def chunk_backward(
         *dfinal_state.stride(),
         *q.stride(),
         *k.stride(),
-        *_strides(beta, 3),
+        *beta_strides,
         *_strides(cu_seqlens, 1),
         *G.stride()[:2],
         *norm_strides,
@@ -176,19 +188,17 @@ def chunk_backward(
         **scan,
     )
     chunk_gradients_kernel[(places * H,)](
-        *(do, q, k, v, beta, cu_seqlens, G, *norms, states, dstates, u, dr),
+        *(do.contiguous(), q, k, v, beta, cu_seqlens, G, *norms, states, dstates, u, dr),
         *(dk, dv, dg, dbeta, dq),
-        *do.stride(),
         *q.stride(),
         *k.stride(),
         *v.stride(),
-        *_strides(beta, 3),
+        *beta_strides,
         *_strides(cu_seqlens, 1),
         *G.stride()[:2],
         *norm_strides,
         *dq.stride(),
         T,
-        N + 1,
         scale=scale,
         HAS_G=g is not None,
         **flags,

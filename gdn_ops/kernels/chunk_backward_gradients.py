@@ -14,8 +14,8 @@ is its sum from the token to the end of the chunk, and ``exp(G_last) <dS', S>``.
 A program walks the value heads of a key head, over which ``dq`` and ``dk`` are sums: there are no
 atomics, and every run gives the same bits.
 
-Tensors, beside those of the glossary and of the other stages: none. What is made is contiguous;
-tokens of no sequence get zeros.
+Tensors, beside those of the other stages: ``do`` must be contiguous, and so is what is made. Tokens
+of no sequence get zeros.
 
 Traffic of a chunk and value head, in numbers: ``2 K V + 4 BT V`` read, ``BT V`` written; of a chunk
 and key head ``2 BT K`` read and as much written.
@@ -24,7 +24,7 @@ and key head ``2 BT K`` read and as much written.
 import triton
 import triton.language as tl
 
-from .chunk_backward_replay import load_decays
+from .chunk_backward_replay import decays_of_chunk
 from .chunk_prepare import decay_between, find_chunk, load_bounds
 from .output import store_output
 
@@ -33,7 +33,7 @@ AXES = {
     "q": "bthk",
     "k": "bthk",
     "v": "bthv",
-    "beta": "bth",
+    "beta": "bht",
     "cu_seqlens": "n",
     "G": "bht",
     "q_scale": "bht",
@@ -48,7 +48,7 @@ AXES = {
     "dbeta": "bth",
     "dq": "bthk",
 }
-SIZES = {"T": "q_t", "BOUNDS": "cu_seqlens_n"}
+SIZES = {"T": "q_t"}
 
 
 @triton.jit
@@ -77,10 +77,6 @@ def chunk_gradients_kernel(
     dg,
     dbeta,
     dq,
-    stride_do_b,
-    stride_do_t,
-    stride_do_h,
-    stride_do_v,
     stride_q_b,
     stride_q_t,
     stride_q_h,
@@ -94,7 +90,6 @@ def chunk_gradients_kernel(
     stride_v_h,
     stride_v_v,
     stride_beta_b,
-    stride_beta_t,
     stride_beta_h,
     stride_cu_seqlens_n,
     stride_G_b,
@@ -108,7 +103,6 @@ def chunk_gradients_kernel(
     stride_dq_h,
     stride_dq_k,
     T,
-    BOUNDS,
     scale: tl.constexpr,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -131,9 +125,9 @@ def chunk_gradients_kernel(
     i_h = tl.program_id(0) % H
     i_place = tl.program_id(0) // H
     if IS_VARLEN:
+        N = tl.num_programs(0) // H - tl.cdiv(T, BT)
         # The tokens past the last bound count as one more sequence, of which none is valid.
-        i_n, i_t = find_chunk(cu_seqlens, i_place, stride_cu_seqlens_n, BOUNDS, BT, BN)
-        N = BOUNDS - 1
+        i_n, i_t = find_chunk(cu_seqlens, i_place, stride_cu_seqlens_n, N + 1, BT, BN)
         i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
         stored = length - i_t * BT
         valid = tl.where(i_n < N, stored, 0)
@@ -167,96 +161,127 @@ def chunk_gradients_kernel(
     m_pairs = o_i[:, None] >= o_i[None, :]
     m_lower = o_i[:, None] > o_i[None, :]
 
-    # Of the normalised rows, times their norms' inverses.
+    # Gradients of the rows as they were read, before that of the norm itself.
     b_dq = tl.zeros((BT, BK), tl.float32)
     b_dk = tl.zeros((BT, BK), tl.float32)
-    # No head in a place that is left over.
-    for i_r in range(tl.where(stored > 0, R, 0)):
+    b_dqk = tl.zeros((BT, BT), tl.float32)
+    b_dkk = tl.zeros((BT, BT), tl.float32)
+    # No head where no token is valid.
+    for i_r in range(tl.where(valid > 0, R, 0)):
         i_hv = i_h * R + i_r
         p_G = G + i_b * stride_G_b + i_hv * stride_G_h + i_first
-        b_G, b_tail, b_last = load_decays(p_G, o_i, valid, BT)
-        b_decay = tl.exp2(b_G.to(tl.float32))
-        b_tail = tl.exp2(b_tail.to(tl.float32))
+        b_G = tl.load(p_G + o_i, m_t, 0.0) * 1.4426950408889634
+        b_last = tl.load(p_G + tl.minimum(valid, BT) - 1) * 1.4426950408889634
+        b_decay, b_tail = decays_of_chunk(b_G, b_last)
         b_beta = m_t.to(tl.float32)
         if HAS_BETA:
-            p_beta = beta + i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
-            b_beta = tl.load(p_beta + o_i * stride_beta_t, m_t, 0.0).to(tl.float32)
-        if HAS_G:
-            # What a sum gains by a head is what its rows' products gain: one tile less to hold.
-            b_dG = -row_products(b_dq, b_q)
-            b_dG_tail = -row_products(b_dk, b_k)
-
-        # Over the rows of the state: what went through it, and the products of tokens.
-        b_drS = tl.zeros((BT, BK), tl.float32)
+            p_beta = beta + i_b * stride_beta_b + i_hv * stride_beta_h + i_first
+            b_beta = tl.load(p_beta + o_i, m_t, 0.0)
+        o_row = (i_b * T + i_first) * HV + i_hv
+        p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
+        p_S = states + (i_place.to(tl.int64) * HV + i_hv) * (V * K)
+        p_dS = dstates + (i_place.to(tl.int64) * HV + i_hv) * (V * K)
+        # One loop over V for each product that is held: more of them do not fit the registers.
         b_dP = tl.zeros((BT, BT), tl.float32)
         b_dA = tl.zeros((BT, BT), tl.float32)
         b_dbeta = tl.zeros((BT,), tl.float32)
-        b_dwhole = tl.zeros((BV,), tl.float32)
-        o_row = (i_b * T + i_first) * HV + i_hv
-        p_do = do + i_b * stride_do_b + i_first * stride_do_t + i_hv * stride_do_h
-        p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
-        b_from_q = b_decay * b_q_scale * scale
         for i_v in range(tl.cdiv(V, BV)):
             o_v = i_v * BV + tl.arange(0, BV)
             m_v = m_t[:, None] & (o_v < V)[None, :]
             o_tv = o_i[:, None] * (HV * V) + o_v[None, :]
-            o_do = o_i[:, None] * stride_do_t + o_v[None, :] * stride_do_v
-            b_do = tl.load(p_do + o_do, m_v, 0.0).to(DOT)
+            b_do = tl.load(do + o_row * V + o_tv, m_v, 0.0).to(DOT)
             b_u = tl.load(u + o_row * V + o_tv, m_v, 0.0).to(DOT)
             b_dr = tl.load(dr + o_row * V + o_tv, m_v, 0.0).to(DOT)
-            m_S = (o_v < V)[:, None] & (o_k < K)[None, :] & (valid > 0)
-            o_S = o_v[:, None] * K + o_k[None, :]
-            p_S = (i_place.to(tl.int64) * HV + i_hv) * (V * K)
-            b_S = tl.load(states + p_S + o_S, m_S, 0.0).to(DOT)
-            b_dS = tl.load(dstates + p_S + o_S, m_S, 0.0).to(DOT)
             b_dP = tl.dot(b_do, tl.trans(b_u), b_dP, input_precision=PRECISION)
             b_dA = tl.dot(b_dr, tl.trans(b_u), b_dA, input_precision=PRECISION)
-            b_drS = tl.dot(b_dr, b_S, b_drS, input_precision=PRECISION)
-            b_do = (b_do.to(tl.float32) * b_from_q[:, None]).to(DOT)
-            b_dq = tl.dot(b_do, b_S, b_dq, input_precision=PRECISION)
-            b_u = (b_u.to(tl.float32) * (b_tail * b_k_scale)[:, None]).to(DOT)
-            b_dk = tl.dot(b_u, b_dS, b_dk, input_precision=PRECISION)
-            if HAS_G:
-                b_dwhole += row_products(b_S, b_dS)
             if HAS_BETA:
                 o_vv = o_i[:, None] * stride_v_t + o_v[None, :] * stride_v_v
                 b_dbeta += row_products(b_dr, tl.load(p_v + o_vv, m_v, 0.0))
             b_dv = (b_dr.to(tl.float32) * b_beta[:, None]).to(dv.dtype.element_ty)
-            tl.store(dv + o_row * V + o_tv, b_dv, m_stored[:, None] & (o_v < V)[None, :])
-
-        b_drS *= -(b_decay * b_k_scale)[:, None]
-        b_dG_k = row_products(b_drS, b_k)
-        if HAS_G:
-            b_dG += row_products(b_dq, b_q) + b_beta * b_dG_k
-            b_dG_tail += row_products(b_dk, b_k)
-        b_dk += b_drS * b_beta[:, None]
+            tl.store(dv + o_row * V + o_tv, b_dv, m_v)
 
         # From token to token; of the products of q and k as they were read.
-        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs) * b_k_scale[None, :]
+        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs & m_t[:, None]) * b_k_scale[None, :]
         b_dP *= b_D * (b_q_scale * scale)[:, None]
         b_dA = tl.where(m_lower, -b_dA * b_D * b_k_scale[:, None], 0.0)
         b_A = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_dA
         if HAS_BETA:
-            b_dbeta += b_dG_k + tl.sum(b_A, 1)
-            p_dbeta = dbeta + o_row + o_i * HV
-            tl.store(p_dbeta, b_dbeta.to(dbeta.dtype.element_ty), m_stored)
+            b_dbeta += tl.sum(b_A, 1)
             b_A *= b_beta[:, None]
             b_dA *= b_beta[:, None]
         if HAS_G:
             b_A += tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_dP
-            b_dG += tl.sum(b_A, 1) - tl.sum(b_A, 0)
-            b_dg = tl.cumsum(b_dG, 0, reverse=True)
+            b_dG = tl.sum(b_A, 1) - tl.sum(b_A, 0)
+        b_dqk += b_dP
+        b_dkk += b_dA
+
+        # Through the state before the chunk.
+        b_doS = tl.zeros((BT, BK), tl.float32)
+        b_drS = tl.zeros((BT, BK), tl.float32)
+        for i_v in range(tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = m_t[:, None] & (o_v < V)[None, :]
+            m_S = (o_v < V)[:, None] & (o_k < K)[None, :]
+            o_tv = o_i[:, None] * (HV * V) + o_v[None, :]
+            b_do = tl.load(do + o_row * V + o_tv, m_v, 0.0).to(DOT)
+            b_dr = tl.load(dr + o_row * V + o_tv, m_v, 0.0).to(DOT)
+            b_S = tl.load(p_S + o_v[:, None] * K + o_k[None, :], m_S, 0.0).to(DOT)
+            b_doS = tl.dot(b_do, b_S, b_doS, input_precision=PRECISION)
+            b_drS = tl.dot(b_dr, b_S, b_drS, input_precision=PRECISION)
+        b_doS *= (b_decay * b_q_scale * scale)[:, None]
+        b_drS *= -(b_decay * b_k_scale)[:, None]
+        if HAS_G:
+            b_dG += row_products(b_doS, tl.load(p_q + o_tq, m_k, 0.0))
+        b_dG_k = row_products(b_drS, tl.load(p_k + o_tk, m_k, 0.0))
+        b_dq += b_doS
+        b_dk += b_drS * b_beta[:, None]
+        if HAS_BETA:
+            p_dbeta = dbeta + o_row + o_i * HV
+            tl.store(p_dbeta, (b_dbeta + b_dG_k).to(dbeta.dtype.element_ty), m_t)
+
+        # Through the state after it.
+        b_udS = tl.zeros((BT, BK), tl.float32)
+        b_dwhole = tl.zeros((BV,), tl.float32)
+        for i_v in range(tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = m_t[:, None] & (o_v < V)[None, :]
+            m_S = (o_v < V)[:, None] & (o_k < K)[None, :]
+            o_tv = o_i[:, None] * (HV * V) + o_v[None, :]
+            o_S = o_v[:, None] * K + o_k[None, :]
+            b_u = tl.load(u + o_row * V + o_tv, m_v, 0.0).to(DOT)
+            b_dS = tl.load(p_dS + o_S, m_S, 0.0).to(DOT)
+            b_udS = tl.dot(b_u, b_dS, b_udS, input_precision=PRECISION)
+            if HAS_G:
+                b_dwhole += row_products(tl.load(p_S + o_S, m_S, 0.0), b_dS)
+        b_udS *= (b_tail * b_k_scale)[:, None]
+        b_dk += b_udS
+        if HAS_G:
+            b_dG_tail = row_products(b_udS, tl.load(p_k + o_tk, m_k, 0.0))
+            b_dg = tl.cumsum(b_dG + b_beta * b_dG_k, 0, reverse=True)
             # The decays to the end of the chunk that a token's own is part of: those before it.
             b_dg += tl.cumsum(b_dG_tail, 0) - b_dG_tail
             b_dg += tl.exp2(b_last.to(tl.float32)) * tl.sum(b_dwhole)
-            tl.store(dg + o_row + o_i * HV, b_dg, m_stored)
-        b_dP = b_dP.to(DOT)
-        b_dA = b_dA.to(DOT)
-        b_dq = tl.dot(b_dP, b_k, b_dq, input_precision=PRECISION)
-        b_dk = tl.dot(tl.trans(b_dP), b_q, b_dk, input_precision=PRECISION)
-        b_dk = tl.dot(b_dA, b_k, b_dk, input_precision=PRECISION)
-        b_dk = tl.dot(tl.trans(b_dA), b_k, b_dk, input_precision=PRECISION)
+            tl.store(dg + o_row + o_i * HV, b_dg, m_t)
 
+    # Tokens of no sequence.
+    for i_r in range(tl.where((valid <= 0) & (stored > 0), R, 0)):
+        o_row = (i_b * T + i_first + o_i) * HV + i_h * R + i_r
+        if HAS_G:
+            tl.store(dg + o_row, tl.zeros((BT,), tl.float32), m_stored)
+        if HAS_BETA:
+            tl.store(dbeta + o_row, tl.zeros((BT,), dbeta.dtype.element_ty), m_stored)
+        for i_v in range(tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = m_stored[:, None] & (o_v < V)[None, :]
+            b_zero = tl.zeros((BT, BV), dv.dtype.element_ty)
+            tl.store(dv + o_row[:, None] * V + o_v[None, :], b_zero, m_v)
+
+    # Of the products of tokens, which are the same for all heads.
+    b_dqk = b_dqk.to(DOT)
+    b_dkk = (b_dkk + tl.trans(b_dkk)).to(DOT)
+    b_dq = tl.dot(b_dqk, b_k, b_dq, input_precision=PRECISION)
+    b_dk = tl.dot(tl.trans(b_dqk), b_q, b_dk, input_precision=PRECISION)
+    b_dk = tl.dot(b_dkk, b_k, b_dk, input_precision=PRECISION)
     if USE_QK_L2NORM:
         b_dq -= b_q * (b_q_scale * b_q_scale * row_products(b_q, b_dq))[:, None]
         b_dk -= b_k * (b_k_scale * b_k_scale * row_products(b_k, b_dk))[:, None]

@@ -8,6 +8,7 @@ registers. It stores the state that enters each chunk, and ``u``.
 
 Tensors, beside those of the glossary and of chunk_prepare.py; what is made here is contiguous:
 
+    beta    [B, HV, T]          head-major as ``G``, float32
     states  [places, HV, V, K]  state before each chunk, dtype of q; sequence n has the places from
                                 ``cu_seqlens[n] // BT + n`` on (``find_chunk``), a row of the batch
                                 ``cdiv(T, BT)``
@@ -25,7 +26,7 @@ from .output import store_output
 AXES = {
     "k": "bthk",
     "v": "bthv",
-    "beta": "bth",
+    "beta": "bht",
     "initial_state": "nhvk",
     "cu_seqlens": "n",
     "G": "bht",
@@ -38,15 +39,10 @@ SIZES = {"T": "k_t"}
 
 
 @triton.jit
-def load_decays(p_G, o_i, length, BT: tl.constexpr):
-    """Logarithms to base 2 of the decays of a chunk, whose ``length`` tokens start at ``p_G``: from
-    its start to each token, from each token to its end, and from start to end.
-
-    Tokens that are not valid are decayed to nothing, and have none to the end.
-    """
-    b_G = tl.load(p_G + o_i, o_i < length, -1e30) * 1.4426950408889634
-    b_last = tl.load(p_G + tl.minimum(length, BT) - 1, length > 0, 0.0) * 1.4426950408889634
-    return b_G, tl.minimum(b_last - b_G, 0.0), b_last
+def decays_of_chunk(b_G, b_last):
+    """Decays of a chunk: from its start to each token, and from each token to its end."""
+    b_tail = tl.minimum(b_last - b_G, 0.0)
+    return tl.exp2(b_G.to(tl.float32)), tl.exp2(b_tail.to(tl.float32))
 
 
 @triton.jit
@@ -70,7 +66,6 @@ def chunk_replay_kernel(
     stride_v_h,
     stride_v_v,
     stride_beta_b,
-    stride_beta_t,
     stride_beta_h,
     stride_initial_state_n,
     stride_initial_state_h,
@@ -134,6 +129,13 @@ def chunk_replay_kernel(
     p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
     p_inverse = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
     p_states = states + (i_place * HV + i_hv) * (V * K)
+    p_G = G + i_b * stride_G_b + i_hv * stride_G_h
+    p_beta = beta
+    if HAS_BETA:
+        p_beta += i_b * stride_beta_b + i_hv * stride_beta_h
+    p_k_scale = k_scale
+    if USE_QK_L2NORM:
+        p_k_scale += i_b * stride_k_scale_b + i_h * stride_k_scale_h
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = tl.maximum(length, 1)
     if USE_DESCRIPTORS:
@@ -143,9 +145,21 @@ def chunk_replay_kernel(
         d_states = tl.make_tensor_descriptor(
             p_states, [tl.cdiv(rows, BT), V, K], [HV * V * K, K, 1], [1, BV, BK]
         )
+        # From the start of the row on, whose address is a multiple of 16 bytes.
+        i_token = i_first.to(tl.int32)
+        d_G = tl.make_tensor_descriptor(p_G, [i_token + rows], [1], [BT])
+        if HAS_BETA:
+            d_beta = tl.make_tensor_descriptor(p_beta, [i_token + rows], [1], [BT])
+        if USE_QK_L2NORM:
+            d_k_scale = tl.make_tensor_descriptor(p_k_scale, [i_token + rows], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_u = u + i_b * stride_u_b + i_first * stride_u_t + i_hv * stride_u_h
         d_u = tl.make_tensor_descriptor(p_u, [rows, V], [stride_u_t, 1], [BT, BV])
+    p_G += i_first
+    if HAS_BETA:
+        p_beta += i_first
+    if USE_QK_L2NORM:
+        p_k_scale += i_first
     for i_t in range(tl.cdiv(length, BT)):
         i_row = tl.full((), i_t * BT, tl.int64)
         m_t = o_i < length - i_t * BT
@@ -155,6 +169,11 @@ def chunk_replay_kernel(
             b_k = d_k.load([i_t * BT, 0]).to(DOT)
             b_v = d_v.load([i_t * BT, i_v * BV])
             b_X = d_inverse.load([i_t * BT, 0]).to(DOT)
+            b_G = d_G.load([i_token + i_t * BT])
+            if HAS_BETA:
+                b_beta = d_beta.load([i_token + i_t * BT])
+            if USE_QK_L2NORM:
+                b_k_scale = d_k_scale.load([i_token + i_t * BT])
             d_states.store([i_t, i_v * BV, 0], tl.reshape(b_Sd, (1, BV, BK)))
         else:
             m_k = m_t[:, None] & (o_k < K)[None, :]
@@ -164,24 +183,22 @@ def chunk_replay_kernel(
             b_k = tl.load(p_k + i_row * stride_k_t + o_tk, m_k, 0.0).to(DOT)
             b_v = tl.load(p_v + i_row * stride_v_t + o_tv, m_v, 0.0)
             b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
+            b_G = tl.load(p_G + i_row + o_i, m_t, 0.0)
+            if HAS_BETA:
+                b_beta = tl.load(p_beta + i_row + o_i, m_t, 0.0)
+            if USE_QK_L2NORM:
+                b_k_scale = tl.load(p_k_scale + i_row + o_i, m_t, 0.0)
             tl.store(p_states + i_row // BT * (HV * V * K) + o_state, b_Sd, m_state)
-        p_G = G + i_b * stride_G_b + i_hv * stride_G_h + i_first + i_row
-        b_G, b_tail, b_last = load_decays(p_G, o_i, length - i_t * BT, BT)
-        b_decay = tl.exp2(b_G.to(tl.float32))
-        b_tail = tl.exp2(b_tail.to(tl.float32))
+        b_last = tl.load(p_G + i_row + tl.minimum(length - i_t * BT, BT) - 1) * 1.4426950408889634
+        b_decay, b_tail = decays_of_chunk(b_G * 1.4426950408889634, b_last)
         if USE_QK_L2NORM:
-            p_scale = k_scale + i_b * stride_k_scale_b + i_h * stride_k_scale_h + i_first + i_row
-            b_scale = tl.load(p_scale + o_i, m_t, 0.0)
-            b_decay *= b_scale
-            b_tail *= b_scale
+            b_decay *= b_k_scale
+            b_tail *= b_k_scale
 
         # Transposed, [BV, BT]: the state and what comes of it stay in registers as left operands.
         b_r = tl.dot(b_Sd, tl.trans(b_k), input_precision=PRECISION)
         b_r = tl.trans(b_v).to(tl.float32) - b_r * b_decay[None, :]
         if HAS_BETA:
-            p_beta = beta + i_b * stride_beta_b + (i_first + i_row) * stride_beta_t
-            p_beta += i_hv * stride_beta_h
-            b_beta = tl.load(p_beta + o_i * stride_beta_t, m_t, 0.0).to(tl.float32)
             b_r *= b_beta[None, :]
         b_u = tl.dot(b_r.to(DOT), tl.trans(b_X), input_precision=PRECISION)
         if USE_DESCRIPTOR_STORE:

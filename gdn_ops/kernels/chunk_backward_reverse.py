@@ -21,7 +21,7 @@ Traffic of a chunk and value head, in numbers: ``BT (2 K + V + BT)`` read, ``K V
 import triton
 import triton.language as tl
 
-from .chunk_backward_replay import load_decays
+from .chunk_backward_replay import decays_of_chunk
 from .chunk_prepare import decay_between, load_bounds
 from .output import store_output
 
@@ -30,7 +30,7 @@ AXES = {
     "dfinal_state": "nhvk",
     "q": "bthk",
     "k": "bthk",
-    "beta": "bth",
+    "beta": "bht",
     "cu_seqlens": "n",
     "G": "bht",
     "q_scale": "bht",
@@ -75,7 +75,6 @@ def chunk_reverse_kernel(
     stride_k_h,
     stride_k_k,
     stride_beta_b,
-    stride_beta_t,
     stride_beta_h,
     stride_cu_seqlens_n,
     stride_G_b,
@@ -137,6 +136,15 @@ def chunk_reverse_kernel(
     p_do = do + i_b * stride_do_b + i_first * stride_do_t + i_hv * stride_do_h
     p_inverse = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
     p_dstates = dstates + (i_place * HV + i_hv) * (V * K)
+    p_G = G + i_b * stride_G_b + i_hv * stride_G_h
+    p_beta = beta
+    if HAS_BETA:
+        p_beta += i_b * stride_beta_b + i_hv * stride_beta_h
+    p_q_scale = q_scale
+    p_k_scale = k_scale
+    if USE_QK_L2NORM:
+        p_q_scale += i_b * stride_q_scale_b + i_h * stride_q_scale_h
+        p_k_scale += i_b * stride_k_scale_b + i_h * stride_k_scale_h
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = tl.maximum(length, 1)
     if USE_DESCRIPTORS:
@@ -147,9 +155,23 @@ def chunk_reverse_kernel(
         d_dstates = tl.make_tensor_descriptor(
             p_dstates, [tl.cdiv(rows, BT), V, K], [HV * V * K, K, 1], [1, BV, BK]
         )
+        # From the start of the row on, whose address is a multiple of 16 bytes.
+        i_token = i_first.to(tl.int32)
+        d_G = tl.make_tensor_descriptor(p_G, [i_token + rows], [1], [BT])
+        if HAS_BETA:
+            d_beta = tl.make_tensor_descriptor(p_beta, [i_token + rows], [1], [BT])
+        if USE_QK_L2NORM:
+            d_q_scale = tl.make_tensor_descriptor(p_q_scale, [i_token + rows], [1], [BT])
+            d_k_scale = tl.make_tensor_descriptor(p_k_scale, [i_token + rows], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_dr = dr + i_b * stride_dr_b + i_first * stride_dr_t + i_hv * stride_dr_h
         d_dr = tl.make_tensor_descriptor(p_dr, [rows, V], [stride_dr_t, 1], [BT, BV])
+    p_G += i_first
+    if HAS_BETA:
+        p_beta += i_first
+    if USE_QK_L2NORM:
+        p_q_scale += i_first
+        p_k_scale += i_first
     m_pairs = o_i[:, None] >= o_i[None, :]
     chunks = tl.cdiv(length, BT)
     for i_back in range(chunks):
@@ -163,6 +185,12 @@ def chunk_reverse_kernel(
             b_k = d_k.load([i_t * BT, 0]).to(DOT)
             b_do = d_do.load([i_t * BT, i_v * BV])
             b_X = d_inverse.load([i_t * BT, 0]).to(DOT)
+            b_G = d_G.load([i_token + i_t * BT])
+            if HAS_BETA:
+                b_beta = d_beta.load([i_token + i_t * BT])
+            if USE_QK_L2NORM:
+                b_q_scale = d_q_scale.load([i_token + i_t * BT])
+                b_k_scale = d_k_scale.load([i_token + i_t * BT])
             d_dstates.store([i_t, i_v * BV, 0], tl.reshape(b_dSd, (1, BV, BK)))
         else:
             m_k = m_t[:, None] & (o_k < K)[None, :]
@@ -174,28 +202,27 @@ def chunk_reverse_kernel(
             b_k = tl.load(p_k + i_row * stride_k_t + o_tk, m_k, 0.0).to(DOT)
             b_do = tl.load(p_do + i_row * stride_do_t + o_tv, m_v, 0.0)
             b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
+            b_G = tl.load(p_G + i_row + o_i, m_t, 0.0)
+            if HAS_BETA:
+                b_beta = tl.load(p_beta + i_row + o_i, m_t, 0.0)
+            if USE_QK_L2NORM:
+                b_q_scale = tl.load(p_q_scale + i_row + o_i, m_t, 0.0)
+                b_k_scale = tl.load(p_k_scale + i_row + o_i, m_t, 0.0)
             tl.store(p_dstates + i_row // BT * (HV * V * K) + o_state, b_dSd, m_state)
         b_do = tl.trans(b_do).to(DOT)
-        p_G = G + i_b * stride_G_b + i_hv * stride_G_h + i_first + i_row
-        b_G, b_tail, b_last = load_decays(p_G, o_i, length - i_t * BT, BT)
-        b_tail = tl.exp2(b_tail.to(tl.float32))
-        b_from_k = tl.exp2(b_G.to(tl.float32))
-        b_from_q = b_from_k * scale
-        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs) * scale
+        b_G *= 1.4426950408889634
+        b_last = tl.load(p_G + i_row + tl.minimum(length - i_t * BT, BT) - 1) * 1.4426950408889634
+        b_decay, b_tail = decays_of_chunk(b_G, b_last)
+        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs & m_t[:, None]) * scale
+        b_from_q = b_decay * scale
+        b_from_k = -b_decay
         if USE_QK_L2NORM:
-            o_scale = i_first + i_row + o_i
-            p_scale = q_scale + i_b * stride_q_scale_b + i_h * stride_q_scale_h
-            b_q_scale = tl.load(p_scale + o_scale, m_t, 0.0)
-            p_scale = k_scale + i_b * stride_k_scale_b + i_h * stride_k_scale_h
-            b_k_scale = tl.load(p_scale + o_scale, m_t, 0.0)
             b_D *= b_q_scale[:, None] * b_k_scale[None, :]
             b_from_q *= b_q_scale
             b_from_k *= b_k_scale
             b_tail *= b_k_scale
         if HAS_BETA:
-            p_beta = beta + i_b * stride_beta_b + (i_first + i_row) * stride_beta_t
-            p_beta += i_hv * stride_beta_h
-            b_from_k *= tl.load(p_beta + o_i * stride_beta_t, m_t, 0.0).to(tl.float32)
+            b_from_k *= b_beta
 
         # Transposed, [BV, BT]: dS and what comes of it stay in registers as left operands.
         b_P = (tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_D).to(DOT)
@@ -215,7 +242,7 @@ def chunk_reverse_kernel(
         b_dS *= tl.exp2(b_last.to(tl.float32))
         b_do = (b_do.to(tl.float32) * b_from_q[None, :]).to(DOT)
         b_dS = tl.dot(b_do, b_q, b_dS, input_precision=PRECISION)
-        b_dr = (-b_dr * b_from_k[None, :]).to(DOT)
+        b_dr = (b_dr * b_from_k[None, :]).to(DOT)
         b_dS = tl.dot(b_dr, b_k, b_dS, input_precision=PRECISION)
     if HAS_INITIAL_STATE:
         p_dS = dinitial_state + (tl.full((), i_n, tl.int64) * HV + i_hv) * (V * K) + o_state
