@@ -97,7 +97,7 @@ def new_buffer(like: IRNode, size: Sequence[Any], dtype: torch.dtype) -> IRNode:
 
 def as_result(node: IRNode) -> Any:
     """A buffer of ``new_buffer`` as a lowering returns it."""
-    return ir.TensorBox.create(node) if not isinstance(node, ir.TensorBox) else node
+    return ir.TensorBox(node) if isinstance(node, ir.StorageBox) else ir.TensorBox.create(node)
 
 
 def static_int(size: Any) -> int:

@@ -1,0 +1,236 @@
+"""What the lowerings generate for a GPU that is not there: fused, in place, for every length."""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from inputs import cu_seqlens, indices, make_inputs, make_state
+from torch.nn.functional import silu
+
+import gdn_ops
+import lowering
+from lowering import cache_key, rules
+from lowering.fake_gpu import generate
+
+ROOT = Path(__file__).parents[1]
+H, HV, K, V = 2, 4, 64, 64
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+
+def _tokens(B, T, dtype=torch.bfloat16):
+    return make_inputs(B, T, H, HV, K, V, dtype)
+
+
+def decode(q, k, v, g, beta, pool, slots, z, w):
+    """A decode step and what follows it in a model: gate, projection, a second consumer."""
+    o = gdn_ops.recurrent_(q, k, v, g, beta, pool, slots, use_qk_l2norm=True)
+    gated = o * silu(z)
+    return gated.flatten(2) @ w, gated.float().abs()
+
+
+def _decode_inputs(B=3):
+    tokens = _tokens(B, 1)
+    w = torch.randn(HV * V, 32, dtype=torch.bfloat16)
+    return (*tokens, make_state(9, HV, V, K), indices([3, 1, -1][:B]), torch.ones_like(tokens.v), w)
+
+
+def _templates(module):
+    return [launch.kernel for launch in module.launches if launch.kernel.kind == "template"]
+
+
+def _allocated(code):
+    """Elements of each buffer that a generated module allocates, where they are numbers."""
+    sizes = re.findall(r"= empty_strided_cuda\(\(([\d, ]+)\)", code)
+    return [torch.Size(int(x) for x in size.split(",") if x.strip()).numel() for size in sizes]
+
+
+def test_a_decode_step_is_one_template_with_its_epilogue_and_one_product():
+    (module,) = generate(decode, _decode_inputs())
+    (kernel,) = _templates(module)
+    assert [launch.kernel.kind for launch in module.launches] == ["template"]
+    assert "recurrent_" in kernel.name
+    assert "silu" in kernel.name
+    assert module.code.count("extern_kernels.") == 1
+
+
+def test_a_pool_is_updated_where_it_is():
+    """No copy of it, and no buffer of its size."""
+    from torch._inductor.fx_passes.reinplace import ReinplaceCounters  # noqa: TID251
+
+    ReinplaceCounters.clear()
+    (module,) = generate(decode, _decode_inputs())
+    pool = make_state(9, HV, V, K)
+    assert all(size < pool.numel() for size in _allocated(module.code))
+    assert "copy_(" not in module.code
+    assert sum(ReinplaceCounters._values.values()) == 0
+
+
+def test_layers_may_share_one_pool_and_views_of_one_base():
+    """Two steps on two views of one tensor: two templates, no copy."""
+
+    def layers(q, k, v, g, beta, pages):
+        o = gdn_ops.recurrent_(q, k, v, g, beta, pages[0])
+        return gdn_ops.recurrent_(q, k, o, g, beta, pages[1])
+
+    pages = make_state(2 * 5, HV, V, K).view(2, 5, HV, V, K)
+    (module,) = generate(layers, (*_tokens(3, 1), pages))
+    assert len(_templates(module)) == 2
+    assert all(size < pages[0].numel() for size in _allocated(module.code))
+
+
+def test_a_pool_in_a_module_is_updated_where_it_is():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("pool", make_state(5, HV, V, K))
+
+        def forward(self, *tokens):
+            return gdn_ops.recurrent_(*tokens, self.pool)
+
+    with torch.no_grad():
+        (module,) = generate(Layer(), _tokens(3, 1))
+    assert len(_templates(module)) == 1
+    assert all(size < 5 * HV * V * K for size in _allocated(module.code))
+
+
+def test_a_value_of_the_pool_that_is_read_later_is_kept():
+    """The one copy that there must be: who reads the old state after the step gets the old one."""
+
+    def early_read(q, k, v, g, beta, pool):
+        before = pool.sum((-1, -2))
+        o = gdn_ops.recurrent_(q, k, v, g, beta, pool)
+        return o, before
+
+    (module,) = generate(early_read, (*_tokens(3, 1), make_state(3, HV, V, K)))
+    kinds = [launch.kernel.kind for launch in module.launches]
+    assert kinds.index("template") == len(kinds) - 1, "the sum comes first, so no copy is needed"
+    assert all(size < 3 * HV * V * K for size in _allocated(module.code))
+
+
+@pytest.mark.parametrize("T", [1, 5], ids=["decode", "many"])
+def test_one_code_serves_every_batch_and_length(T):
+    def layer(q, k, v, g, beta, z):
+        o, state = gdn_ops.recurrent(q, k, v, g, beta)
+        return o * silu(z), state
+
+    tokens = _tokens(3, T)
+    inputs = [x.clone() for x in (*tokens, torch.ones_like(tokens.v))]
+    for x in inputs:
+        for dimension in (0, 1) if T > 1 else (0,):
+            torch._dynamo.mark_dynamic(x, dimension)
+    (module,) = generate(layer, inputs)
+    assert [launch.kernel.kind for launch in module.launches] == ["template"]
+    numbers = [x for x in module.inputs if isinstance(x, int)]
+    assert sorted(numbers) == sorted([3, T] if T > 1 else [3])
+
+
+def test_cuda_graphs_have_no_reason_to_skip_a_verify_step():
+    def verify(q, k, v, g, beta, pool, table, accepted):
+        return gdn_ops.recurrent_(q, k, v, g, beta, pool, table, accepted)
+
+    pool = make_state(12, HV, V, K)
+    torch._dynamo.mark_static_address(pool, guard=False)
+    table = torch.arange(12, dtype=torch.int32).view(3, 4)
+    arguments = (*_tokens(3, 4), pool, table, indices([1, 4, 2]))
+    (module,) = generate(verify, arguments, mode="reduce-overhead")
+    assert len(_templates(module)) == 1
+    assert module.cudagraph_skips == []
+
+
+def test_packed_rows_do_not_synchronise():
+    def packed(q, k, v, g, beta, bounds):
+        return gdn_ops.recurrent(q, k, v, g, beta, None, bounds)
+
+    (module,) = generate(packed, (*_tokens(1, 12), cu_seqlens([5, 0, 7])))
+    assert [launch.kernel.kind for launch in module.launches] == ["template"]
+    for word in (".item()", ".tolist()", ".cpu()", "synchronize"):
+        assert word not in module.code
+
+
+def test_generated_kernels_are_complete_and_say_what_they_are():
+    (module,) = generate(decode, _decode_inputs())
+    for text in ("# gdn_recurrent:", "def delta_step(", "def inverse_norm(", "# The slots that"):
+        assert text in module.code
+    assert "gdn_ops" not in re.sub(r"#.*", "", module.code)
+
+
+@pytest.mark.parametrize("failing", ["supports", "_call"])
+def test_a_lowering_that_fails_leaves_the_operator_opaque(failing, monkeypatch, caplog):
+    from lowering import recurrent
+
+    def fail(*_, **__):
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(recurrent, failing, fail)
+    rules._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="lowering"):
+        (module,) = generate(decode, _decode_inputs())
+    assert "torch.ops.gdn.recurrent_.default(" in module.code
+    said = [record for record in caplog.records if "RuntimeError: injected" in record.message]
+    assert len(said) == 1
+
+
+def test_float64_falls_back_and_says_what_to_change(caplog):
+    def layer(*tokens):
+        return gdn_ops.recurrent(*tokens)
+
+    rules._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="lowering"):
+        (module,) = generate(layer, _tokens(2, 3, torch.float64))
+    assert "torch.ops.gdn.recurrent.default(" in module.code
+    assert "smaller dtype" in caplog.text
+
+
+def test_registering_is_idempotent_and_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+    lowering.unregister()
+    assert torch.compiler.config.cache_key_tag == "mine"
+    lowering.register()
+    lowering.register()
+    assert torch.compiler.config.cache_key_tag == f"mine|gdn-ops:{cache_key.fingerprint()}"
+    lowering.unregister()
+    assert torch.compiler.config.cache_key_tag == "mine"
+    (module,) = generate(decode, _decode_inputs())
+    assert "torch.ops.gdn.recurrent_" in module.code
+    lowering.register()
+    (module,) = generate(decode, _decode_inputs())
+    assert len(_templates(module)) == 1
+
+
+SCRIPT = """
+import torch, gdn_ops
+from torch._dynamo.utils import counters
+f = torch.compile(lambda *x: gdn_ops.recurrent(*x)[0] * 2, fullgraph=True)
+f(*torch.randn(2, 1, 3, 1, 4), torch.randn(1, 3, 1, 4))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"],
+      counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_a_changed_kernel_never_meets_a_stale_cache(tmp_path):
+    """In processes of their own: the second finds the first's code, unless a source changed."""
+    for package in ("gdn_ops", "lowering"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+
+    def hits():
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        environment["PYTHONPATH"] = str(tmp_path)
+        command = [sys.executable, "-c", SCRIPT]
+        run = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        found, missed, whole = map(int, run.stdout.split())
+        return found + whole, missed
+
+    assert hits()[0] == 0
+    assert hits()[0] > 0
+    with (tmp_path / "gdn_ops" / "kernels" / "recurrent.py").open("a") as file:
+        file.write("# changed\n")
+    assert hits()[0] == 0
