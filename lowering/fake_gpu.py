@@ -238,26 +238,14 @@ def generate(
     modules: list[GeneratedModule] = []
     origins: dict[Any, Tensor] = {}
 
-    def take(code: str, phase: str) -> Any:
-        # Comments that differ from run to run: a number, and files that are not written.
-        code = re.sub(r"^# (AOT ID|kernel path): .*\n", "", code, flags=re.MULTILINE)
-        module = GeneratedModule(code, phase)
-        modules.append(module)
-        loaded = load(code, module.record, CUDA)
-
-        def call(args: list[Any]) -> Any:
-            if not module.inputs:
-                module.inputs.extend(
-                    origins.get(_place(x)) if isinstance(x, Tensor) else x for x in args
-                )
-            return loaded.call(args)
-
-        return types.SimpleNamespace(call=call, runner=getattr(loaded, "runner", None))
-
     with (
         fake_gpu(arch),
         _forgetful_dynamo(),
-        _inductor.capture(settings, take, lambda why: modules[-1].cudagraph_skips.append(why)),
+        _inductor.capture(
+            settings,
+            lambda code, phase: _taken(modules, origins, code, phase),
+            lambda why: modules[-1].cudagraph_skips.append(why),
+        ),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         tree = (target, tuple(example_inputs), dict(example_kwargs or {}))
@@ -266,6 +254,26 @@ def generate(
         outputs = torch.compile(call, fullgraph=fullgraph, dynamic=dynamic)(*args, **kwargs)
         _run_backward(outputs)
     return modules
+
+
+def _taken(
+    modules: list[GeneratedModule], origins: dict[Any, Tensor], code: str, phase: str
+) -> types.SimpleNamespace:
+    """Keep a generated module; what stands for it notes its inputs and launches as it is called."""
+    # Comments that differ from run to run: a number, and files that are not written.
+    code = re.sub(r"^# (AOT ID|kernel path): .*\n", "", code, flags=re.MULTILINE)
+    module = GeneratedModule(code, phase)
+    modules.append(module)
+    loaded = load(code, module.record, CUDA)
+
+    def call(args: list[Any]) -> Any:
+        if not module.inputs:
+            module.inputs.extend(
+                origins.get(_place(x)) if isinstance(x, Tensor) else x for x in args
+            )
+        return loaded.call(args)
+
+    return types.SimpleNamespace(call=call, runner=getattr(loaded, "runner", None))
 
 
 @contextlib.contextmanager
