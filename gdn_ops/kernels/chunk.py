@@ -4,6 +4,7 @@ Two kernels: ``prepare_kernel`` (chunk_prepare.py), parallel over chunks, and ``
 (chunk_scan.py), which walks them. Their shapes decide all; nothing is read on the host.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,10 @@ from torch import Tensor
 from .chunk_prepare import prepare_kernel
 from .chunk_scan import scan_kernel
 
-# Tokens of a chunk. 128 need 40 % more arithmetic, 32 leave the tensor cores waiting.
-_BT = 64
 
-
-def supports(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *_: object) -> str | None:
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *_: object, **__: object
+) -> str | None:
     """Why a call cannot be served, in words for its caller; None where it can."""
     if q.dtype == torch.float64:
         return "the kernels compute in float32; q is float64"
@@ -35,16 +35,40 @@ class Tiles(NamedTuple):
     BV: int
     num_warps: int
     num_stages: int
-    precision: str
 
 
-def pick(K: int, V: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for heads of ``K`` and ``V``."""
+# Chunks of 128 tokens need 40 % more arithmetic, of 32 leave the tensor cores waiting. With these
+# tiles nothing of the scan's loop spills at K = 128 on sm_90, two programs share a multiprocessor,
+# and the shared memory fits every GPU since sm_80 and gfx942 (cross-compiled, Triton 3.6.0 and
+# 3.7.1, 2026-11-24). float32 is multiplied without tensor cores: its tiles are those that spill
+# least.
+def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Tiles:
+    """Tiles for ``heads`` states of ``[V, K]`` on a GPU with ``processors`` multiprocessors."""
     BK = max(16, triton.next_power_of_2(K))
     BV = min(64, max(16, triton.next_power_of_2(V)))
     if dtype == torch.float32:
-        return Tiles(32 if BK > 128 else _BT, BK, min(BV, 32), 4, 1, "ieee")
-    return Tiles(_BT, BK, BV, 8 if BK > 128 else 4, 1 if BK > 128 else 2, "ieee")
+        return Tiles(32 if BK <= 128 else 16, BK, min(32, BV), 8, 1)
+    if BK > 128:
+        return Tiles(64, BK, BV, 4, 1)
+    # A program that has a multiprocessor for itself has its memory too.
+    is_alone = heads * triton.cdiv(V, BV) <= processors
+    return Tiles(64, BK, BV, 4, 3 if is_alone else 2)
+
+
+# Two warps: four programs share a multiprocessor and hide each other's barriers; the inverse takes
+# 6600 instructions of a warp for a value head, 8500 with four warps (sm_90, cross-compiled,
+# 2026-11-24).
+PREPARE_WARPS, PREPARE_BN = 2, 128
+
+
+@functools.cache
+def _device(index: int | None) -> tuple[int, bool]:
+    """Multiprocessors, and whether tensor descriptors are a feature of the hardware."""
+    if index is None:  # the interpreter
+        return 1, False
+    properties = torch.cuda.get_device_properties(index)
+    has_descriptors = torch.version.hip is None and properties.major >= 9
+    return properties.multi_processor_count, has_descriptors
 
 
 def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
@@ -58,25 +82,21 @@ def _new_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _fits_descriptor(*tensors: Tensor) -> bool:
-    """Whether every row of every head starts at a multiple of 16 bytes, its elements in order."""
+    """Whether every row of every head starts and ends at a multiple of 16 bytes, without gaps.
+
+    A descriptor that ends elsewhere is not cut where it ends (Triton's issue 11583).
+    """
     for x in tensors:
         size = x.element_size()
         b, t, h, d = x.stride()
-        if d != 1 or (x.data_ptr() | b * size | t * size | h * size) % 16:
+        if d != 1 or (x.data_ptr() | b * size | t * size | h * size | x.shape[3] * size) % 16:
             return False
     return True
 
 
+# Of float32 products: of the inverse, and with float32 inputs of all others.
+PRECISION = "ieee"
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-class Prepared(NamedTuple):
-    """What ``prepare`` makes of the tokens."""
-
-    G: Tensor
-    q_scale: Tensor | None
-    k_scale: Tensor | None
-    inverse: Tensor
 
 
 def prepare(
@@ -89,18 +109,15 @@ def prepare(
     use_qk_l2norm: bool,
     tiles: Tiles,
     is_scaled: bool = True,
-) -> Prepared:
-    """Launch ``prepare_kernel``."""
+) -> tuple[Tensor, Tensor]:
+    """``G`` and ``inverse`` of ``prepare_kernel``."""
     B, T, H, K = k.shape
     wide = torch.float64 if k.dtype == torch.float32 else torch.float32
-    TG = triton.cdiv(T, 4) * 4
-    G = torch.empty((B, HV, TG), dtype=wide, device=k.device)
-    q_scale = k_scale = None
-    if use_qk_l2norm:
-        q_scale, k_scale = torch.empty((2, B, H, TG), dtype=torch.float32, device=k.device)
-    inverse = torch.empty((B, T, HV, tiles.BT), dtype=k.dtype, device=k.device)
     places = triton.cdiv(T, tiles.BT)
     places = B * places if cu_seqlens is None else places + cu_seqlens.shape[0] - 1
+    shape = (places, HV, 3 if use_qk_l2norm else 1, tiles.BT)
+    G = torch.empty(shape, dtype=wide, device=k.device)
+    inverse = torch.empty((B, T, HV, tiles.BT), dtype=k.dtype, device=k.device)
     prepare_kernel[(places * H,)](
         q,
         k,
@@ -108,8 +125,6 @@ def prepare(
         beta,
         cu_seqlens,
         G,
-        q_scale,
-        k_scale,
         inverse,
         *q.stride(),
         *k.stride(),
@@ -118,7 +133,6 @@ def prepare(
         *_strides(cu_seqlens, 1),
         *inverse.stride(),
         T,
-        0 if cu_seqlens is None else cu_seqlens.shape[0],
         H=H,
         HV=HV,
         K=K,
@@ -128,14 +142,14 @@ def prepare(
         USE_QK_L2NORM=use_qk_l2norm,
         IS_SCALED=is_scaled,
         DOT=_DOT[k.dtype],
-        PRECISION=tiles.precision,
+        PRECISION=PRECISION,
         BT=tiles.BT,
         BK=tiles.BK,
-        BN=128,
-        num_warps=4,
-        num_stages=2,
+        BN=PREPARE_BN,
+        num_warps=PREPARE_WARPS,
+        num_stages=1,
     )
-    return Prepared(G, q_scale, k_scale, inverse)
+    return G, inverse
 
 
 def _launch(
@@ -158,21 +172,21 @@ def _launch(
 ) -> Tensor:
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    tiles = pick(K, V, q.dtype)
-    prepared = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     N = B if cu_seqlens is None else cu_seqlens.shape[0]  # packed: one more, the tokens of none
-    use_descriptors = q.is_cuda and _fits_descriptor(q, k, v)
+    processors, has_descriptors = _device(q.device.index)
+    tiles = pick(K, V, q.dtype, N * HV, processors)
+    G, inverse = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    # Descriptors are of use where tensor cores read what they load.
+    use_descriptors = has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
     if use_descriptors:
         triton.set_allocator(_new_scratch)
     scan_kernel[(N * HV * triton.cdiv(V, tiles.BV),)](
         q,
         k,
         v,
-        prepared.inverse,
-        prepared.G,
-        prepared.q_scale,
-        prepared.k_scale,
+        inverse,
+        G,
         state,
         final_state,
         state_indices,
@@ -208,7 +222,7 @@ def _launch(
         USE_DESCRIPTOR_STORE=use_descriptors and _fits_descriptor(o),
         INDEX=tl.int32 if o.numel() < 2**31 else tl.int64,
         DOT=_DOT[q.dtype],
-        PRECISION=tiles.precision,
+        PRECISION=PRECISION,
         BT=tiles.BT,
         BK=tiles.BK,
         BV=tiles.BV,

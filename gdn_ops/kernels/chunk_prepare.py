@@ -8,18 +8,22 @@ For the tokens i, j of a chunk, with the cumulated log decay ``G`` from the star
 One program serves a chunk and a key head, for all value heads that read the key head: ``K K^T`` is
 the same for them. A chunk is aligned to the start of its sequence.
 
-Tensors, beside those of the glossary (gdn_ops/README.md). What is made here is contiguous, ``TG``
-is ``T`` rounded up to a multiple of 4, so that a descriptor may begin at each row:
+Chunks have places, the first dimension of what is stored for each: in a batch ``cdiv(T, BT)`` for a
+sequence; of packed sequences, number n has the places from ``cu_seqlens[n] // BT + n`` on. They are
+at least as many as its chunks, ``cdiv(T, BT) + N`` in all, and no other length need be known.
 
-    G        [B, HV, TG]     cumulated log decay, natural logarithm; head-major, because a scan
-                             reads the tokens of one head. float64 where the inputs are float32:
-                             ``G`` reaches hundreds, and exp of a float32 difference of two such
-                             sums is off by an order of magnitude more than the token loop
-    q_scale  [B, H, TG]      rsqrt(sum(q * q) + 1e-6), float32; only with USE_QK_L2NORM
-    k_scale  [B, H, TG]      the same of k
-    inverse  [B, T, HV, BT]  row i of X of its chunk; with IS_SCALED diag(k_scale) X diag(beta), so
-                             that a scan needs neither beta nor normalised keys. The main output.
-                             Rows past cu_seqlens[-1] belong to no chunk and stay unwritten
+Tensors, beside those of the glossary (gdn_ops/README.md); what is made here is contiguous:
+
+    G        [places, HV, ROWS, BT]  log decays, natural logarithm, zero past the sequence: the
+                             cumulated one; with USE_QK_L2NORM also its sums with log q_scale and
+                             log k_scale, where x_scale = rsqrt(sum(x * x) + 1e-6). ROWS is 1 or 3.
+                             float64 where the inputs are float32: ``G`` reaches hundreds, and exp
+                             of a float32 difference of two such sums is off by an order of
+                             magnitude more than the token loop
+    inverse  [B, T, HV, BT]    the main output: row i of X of its chunk, and with IS_SCALED of
+                               diag(k_scale) X diag(beta), so that a scan needs neither beta nor
+                               normalised keys. Rows past cu_seqlens[-1] belong to no chunk and
+                               stay unwritten
 
 Tiles and flags: ``BT`` tokens of a chunk, 16, 32 or 64; ``BK >= K``; ``BN`` bounds read at once;
 ``DOT`` the dtype of the products of keys; ``PRECISION`` the ``input_precision`` of float32
@@ -38,12 +42,10 @@ AXES = {
     "g": "bth",
     "beta": "bth",
     "cu_seqlens": "n",
-    "G": "bht",
-    "q_scale": "bht",
-    "k_scale": "bht",
+    "G": "chrt",
     "inverse": "bthj",
 }
-SIZES = {"T": "k_t", "BOUNDS": "cu_seqlens_n"}
+SIZES = {"T": "k_t"}
 
 
 @triton.jit
@@ -61,12 +63,7 @@ def load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T):
 
 @triton.jit
 def find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT: tl.constexpr, BN: tl.constexpr):
-    """The sequence that place ``i_c`` belongs to, and its chunk in that sequence.
-
-    Sequence n has the places from ``cu_seqlens[n] // BT + n`` on, at least as many as it has
-    chunks: nothing need be summed over the sequences before it, nor known on the host. There are
-    ``cdiv(T, BT) + N`` places; the chunk of one that is left over starts past its sequence.
-    """
+    """The sequence of place ``i_c``, and its chunk in it: past its end in a place left over."""
     i_n = -1
     for i_block in range(0, N, BN):
         o_n = i_block + tl.arange(0, BN)
@@ -83,86 +80,83 @@ def decay_between(b_G_to, b_G_from, m_valid):
 
 
 @triton.jit
-def stack_pair(x, y):
-    """``[G, n, n]`` twice to ``[2 G, n, n]``."""
-    xy = tl.permute(tl.join(x, y), (3, 0, 1, 2))
-    return tl.reshape(xy, (2 * x.shape[0], x.shape[1], x.shape[2]))
-
-
-@triton.jit
-def unstack_pair(xy):
-    """The inverse of ``stack_pair``."""
-    pair = tl.reshape(xy, (2, xy.shape[0] // 2, xy.shape[1], xy.shape[2]))
-    return tl.split(tl.permute(pair, (1, 2, 3, 0)))
-
-
-@triton.jit
-def split_lower(a):
-    """The three lower blocks ``[G, n, n]`` of ``[G, 2 n, 2 n]``."""
+def diagonal_pairs(a):
+    """The diagonal blocks of ``[G, 2 n, 2 n]``, stacked, ``[2 G, n, n]``, and the lower ones."""
     n: tl.constexpr = a.shape[1] // 2
     blocks = tl.permute(tl.reshape(a, (a.shape[0], 2, n, 2, n)), (0, 2, 4, 3, 1))
     upper, lower = tl.split(blocks)  # [G, n, n, 2]
     a00, _ = tl.split(upper)
     a10, a11 = tl.split(lower)
-    return a00, a10, a11
+    stacked = tl.permute(tl.join(a00, a11), (3, 0, 1, 2))
+    return tl.reshape(stacked, (2 * a.shape[0], n, n)), a10
+
+
+@triton.jit
+def unstack_pair(xy):
+    """The two halves of a stack ``[2 G, n, n]``."""
+    pair = tl.reshape(xy, (2, xy.shape[0] // 2, xy.shape[1], xy.shape[2]))
+    return tl.split(tl.permute(pair, (1, 2, 3, 0)))
 
 
 @triton.jit
 def join_lower(x00, x10, x11):
-    """The inverse of ``split_lower``, the upper block zero."""
+    """``[G, 2 n, 2 n]`` of its three lower blocks, the upper one zero."""
     n: tl.constexpr = x00.shape[1]
     columns = tl.join(tl.join(x00, tl.zeros_like(x00)), tl.join(x10, x11))  # [G, n, n, 2, 2]
     return tl.reshape(tl.permute(columns, (0, 4, 1, 3, 2)), (x00.shape[0], 2 * n, 2 * n))
 
 
 @triton.jit
-def invert_blocks(b_A):
-    """``(I + A)^-1`` of strictly lower ``[G, n, n]``, by forward substitution, all at once."""
-    n: tl.constexpr = b_A.shape[1]
-    o_i = tl.arange(0, n)[None, :, None]
-    o_j = tl.arange(0, n)[None, None, :]
-    b_X = tl.where(o_i == o_j, 1.0, 0.0) + tl.zeros_like(b_A)
-    for i in range(n - 1):
-        b_column = tl.sum(tl.where(o_j == i, b_A, 0.0), 2)[:, :, None]
-        b_row = tl.sum(tl.where(o_i == i, b_X, 0.0), 1)[:, None, :]
-        b_X -= b_column * b_row
-    return b_X
+def multiply_blocks(x, y, PRECISION: tl.constexpr):
+    """Products of ``[G, n, n]``."""
+    n: tl.constexpr = x.shape[1]
+    if n < 16:
+        xy = tl.sum(x[:, :, :, None] * y[:, None, :, :], 2)
+    elif x.shape[0] == 1:
+        xy = tl.dot(tl.reshape(x, (n, n)), tl.reshape(y, (n, n)), input_precision=PRECISION)
+        xy = tl.reshape(xy, (1, n, n))
+    else:
+        xy = tl.dot(x, y, input_precision=PRECISION)
+    return xy
+
+
+@triton.jit
+def invert_four(b_A, PRECISION: tl.constexpr):
+    """``(I + A)^-1`` of strictly lower ``[G, 4, 4]``, ``(I - A) (I + A A)`` as ``A^4 = 0``."""
+    o_i = tl.arange(0, 4)
+    b_I = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0)[None, :, :]
+    return multiply_blocks(b_I - b_A, b_I + multiply_blocks(b_A, b_A, PRECISION), PRECISION)
 
 
 @triton.jit
 def merge_blocks(b_X, b_A10, PRECISION: tl.constexpr):
     """From the inverses of two diagonal blocks, stacked, that of the block made of both."""
     x00, x11 = unstack_pair(b_X)
-    if x00.shape[0] == 1:
-        n: tl.constexpr = x00.shape[1]
-        a10 = tl.reshape(b_A10, (n, n))
-        x10 = tl.dot(tl.reshape(x11, (n, n)), a10, input_precision=PRECISION)
-        x10 = tl.dot(x10, tl.reshape(x00, (n, n)), input_precision=PRECISION)
-        x10 = tl.reshape(x10, (1, n, n))
-    else:
-        x10 = tl.dot(x11, b_A10, input_precision=PRECISION)
-        x10 = tl.dot(x10, x00, input_precision=PRECISION)
+    x10 = multiply_blocks(multiply_blocks(x11, b_A10, PRECISION), x00, PRECISION)
     return join_lower(x00, -x10, x11)
 
 
 @triton.jit
 def invert_chunk(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """``(I + A)^-1`` of strictly lower ``[BT, BT]``: blocks of 16, then merges of two.
+    """``(I + A)^-1`` of strictly lower ``[BT, BT]``: blocks of 4, then merges of two.
 
-    Substitution is stable. Powers of A, the other way to invert a block, cancel: they reach
+    Merging is stable. Powers of the whole of A, the other way without a loop, cancel: they reach
     thousands where the keys of a chunk are alike.
     """
-    b_A = tl.reshape(b_A, (1, BT, BT))
-    if BT == 16:
-        b_X = invert_blocks(b_A)
-    if BT == 32:
-        a00, b_A10, a11 = split_lower(b_A)
-        b_X = merge_blocks(invert_blocks(stack_pair(a00, a11)), b_A10, PRECISION)
+    b_D = tl.reshape(b_A, (1, BT, BT))
     if BT == 64:
-        a00, b_A10, a11 = split_lower(b_A)
-        a00, b_B10, a11 = split_lower(stack_pair(a00, a11))
-        b_X = merge_blocks(invert_blocks(stack_pair(a00, a11)), b_B10, PRECISION)
-        b_X = merge_blocks(b_X, b_A10, PRECISION)
+        b_D, b_A32 = diagonal_pairs(b_D)
+    if BT >= 32:
+        b_D, b_A16 = diagonal_pairs(b_D)
+    b_D, b_A8 = diagonal_pairs(b_D)
+    b_D, b_A4 = diagonal_pairs(b_D)
+    b_X = invert_four(b_D, PRECISION)
+    b_X = merge_blocks(b_X, b_A4, PRECISION)
+    b_X = merge_blocks(b_X, b_A8, PRECISION)
+    if BT >= 32:
+        b_X = merge_blocks(b_X, b_A16, PRECISION)
+    if BT == 64:
+        b_X = merge_blocks(b_X, b_A32, PRECISION)
     return tl.reshape(b_X, (BT, BT))
 
 
@@ -174,8 +168,6 @@ def prepare_kernel(
     beta,
     cu_seqlens,
     G,
-    q_scale,
-    k_scale,
     inverse,
     stride_q_b,
     stride_q_t,
@@ -197,7 +189,6 @@ def prepare_kernel(
     stride_inverse_h,
     stride_inverse_j,
     T,
-    BOUNDS,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -218,8 +209,9 @@ def prepare_kernel(
     i_h = tl.program_id(0) % H
     i_c = tl.program_id(0) // H
     if IS_VARLEN:
-        i_n, i_chunk = find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, BOUNDS - 1, BT, BN)
-        i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, BOUNDS - 1, T)
+        N = tl.num_programs(0) // H - tl.cdiv(T, BT)
+        i_n, i_chunk = find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT, BN)
+        i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
         i_b = i_c.to(tl.int64) * 0
     else:
         i_chunk = i_c % tl.cdiv(T, BT)
@@ -228,7 +220,6 @@ def prepare_kernel(
         length = T
     o_i = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
-    TG = tl.cdiv(T, 4) * 4
     m_t = i_chunk * BT + o_i < length
     o_t = (i_start + i_chunk * BT + o_i).to(tl.int64)
     m_k = m_t[:, None] & (o_k < K)[None, :]
@@ -238,12 +229,11 @@ def prepare_kernel(
     b_KK = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     if USE_QK_L2NORM:
         p_q = q + i_b * stride_q_b + o_t[:, None] * stride_q_t + i_h * stride_q_h + o_k * stride_q_k
-        b_q_scale = inverse_norm(tl.load(p_q, m_k, 0.0).to(tl.float32))
+        b_q = tl.load(p_q, m_k, 0.0).to(tl.float32)
+        b_q_scale = inverse_norm(b_q)
         b_k_scale = inverse_norm(b_k.to(tl.float32))
         b_KK *= b_k_scale[:, None] * b_k_scale[None, :]
-        o_scale = (i_b * H + i_h) * TG + o_t
-        tl.store(q_scale + o_scale, b_q_scale, m_t)
-        tl.store(k_scale + o_scale, b_k_scale, m_t)
+    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
 
     m_lower = o_i[:, None] > o_i[None, :]
     for i_r in range(tl.where(i_chunk * BT < length, R, 0)):
@@ -255,7 +245,13 @@ def prepare_kernel(
             b_G = tl.cumsum(tl.where(b_g < -104.0, -104.0, b_g), 0)
         else:
             b_G = tl.zeros((BT,), G.dtype.element_ty)
-        tl.store(G + (i_b * HV + i_hv) * TG + o_t, b_G, m_t)
+        p_G = G + (i_c.to(tl.int64) * HV + i_hv) * (ROWS * BT) + o_i
+        tl.store(p_G, tl.where(m_t, b_G, 0.0))
+        if USE_QK_L2NORM:
+            b_Gq = b_G + tl.log(b_q_scale.to(b_G.dtype))
+            b_Gk = b_G + tl.log(b_k_scale.to(b_G.dtype))
+            tl.store(p_G + BT, tl.where(m_t, b_Gq, 0.0))
+            tl.store(p_G + 2 * BT, tl.where(m_t, b_Gk, 0.0))
         b_G *= 1.4426950408889634
         b_A = b_KK * decay_between(b_G[:, None], b_G[None, :], m_lower)
         if HAS_BETA:

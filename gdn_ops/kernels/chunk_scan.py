@@ -10,7 +10,8 @@ registers, where the product before left it (columns are tokens):
     S' = exp(G_last) S + (exp(G_last - G) u) k
 
 where ``inverse`` has beta folded into it. With USE_QK_L2NORM keys and queries come as they are, and
-their norms are factors of tokens: those of k are in ``inverse`` and in ``x``, those of q in ``o``.
+their norms are factors of tokens, with which prepare has multiplied ``inverse`` and the decays of
+``x``, ``o`` and ``P``.
 
 Tensors, beside those of the glossary and of chunk_prepare.py:
 
@@ -18,8 +19,10 @@ Tensors, beside those of the glossary and of chunk_prepare.py:
     final_state  written: the final states, or with IS_POOL the pool once more
 
 Tiles and flags: ``BT`` tokens of a chunk; ``BK >= K``; ``BV`` rows of a state; ``DOT`` the dtype of
-operands; ``INDEX`` that of the index of a token in ``o``, int64 where an offset may pass 2**31; ``PRECISION`` the ``input_precision`` of float32 products; with USE_DESCRIPTORS tokens are
-loaded by tensor descriptors, which needs rows of 16-byte multiples, the last dimension dense.
+operands; ``PRECISION`` the ``input_precision`` of float32 products; ``INDEX`` the dtype of a
+token's index in ``o``, int64 where its offset may pass 2**31. With USE_DESCRIPTORS tokens are
+loaded by tensor descriptors, with USE_DESCRIPTOR_STORE the output is stored by one, where nothing
+is fused into its store: both need heads that start and end at multiples of 16 bytes, without gaps.
 """
 
 import triton
@@ -33,9 +36,7 @@ AXES = {
     "k": "bthk",
     "v": "bthv",
     "inverse": "bthj",
-    "G": "bht",
-    "q_scale": "bht",
-    "k_scale": "bht",
+    "G": "chrt",
     "state": "nhvk",
     "final_state": "nhvk",
     "state_indices": "n",
@@ -54,8 +55,6 @@ def scan_kernel(
     v,
     inverse,
     G,
-    q_scale,
-    k_scale,
     state,
     final_state,
     state_indices,
@@ -165,23 +164,20 @@ def scan_kernel(
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
     p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
     p_inverse = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
-    TG = tl.cdiv(T, 4) * 4
-    p_G = G + (i_b * HV + i_hv) * TG
-    if USE_QK_L2NORM:
-        p_q_scale = q_scale + (i_b * H + i_h) * TG
-        p_k_scale = k_scale + (i_b * H + i_h) * TG
+    i_place = i_b * tl.cdiv(T, BT)
+    if IS_VARLEN:
+        i_place = i_first // BT + i_n
+    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
+    p_G = G + (i_place * HV + i_hv) * (ROWS * BT)
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = tl.maximum(length, 1)
-    i_end = (i_first + rows).to(tl.int32)
+    places = tl.cdiv(rows, BT) * BT
     if USE_DESCRIPTORS:
         d_q = tl.make_tensor_descriptor(p_q, [rows, K], [stride_q_t, 1], [BT, BK])
         d_k = tl.make_tensor_descriptor(p_k, [rows, K], [stride_k_t, 1], [BT, BK])
         d_v = tl.make_tensor_descriptor(p_v, [rows, V], [stride_v_t, 1], [BT, BV])
         d_inverse = tl.make_tensor_descriptor(p_inverse, [rows, BT], [HV * BT, 1], [BT, BT])
-        d_G = tl.make_tensor_descriptor(p_G, [i_end], [1], [BT])
-        if USE_QK_L2NORM:
-            d_q_scale = tl.make_tensor_descriptor(p_q_scale, [i_end], [1], [BT])
-            d_k_scale = tl.make_tensor_descriptor(p_k_scale, [i_end], [1], [BT])
+        d_G = tl.make_tensor_descriptor(p_G, [places * (HV * ROWS)], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_o = o + i_b * stride_o_b + i_first * stride_o_t + i_hv * stride_o_h
         d_o = tl.make_tensor_descriptor(p_o, [rows, V], [stride_o_t, 1], [BT, BV])
@@ -192,13 +188,16 @@ def scan_kernel(
         m_t = o_t < valid
         if USE_DESCRIPTORS:
             # Past the end where no token is valid.
-            i_row = tl.where(valid > 0, i_t, length)
-            i_token = i_first.to(tl.int32) + i_row
+            i_row = tl.where(valid > 0, i_t, places)
             b_k = d_k.load([i_row, 0])
             b_q = d_q.load([i_row, 0])
             b_v = d_v.load([i_row, i_v * BV])
             b_inverse = d_inverse.load([i_row, 0])
-            b_G = d_G.load([i_token])
+            i_G = i_row * (HV * ROWS)
+            b_G = d_G.load([i_G])
+            if USE_QK_L2NORM:
+                b_Gq = d_G.load([i_G + BT])
+                b_Gk = d_G.load([i_G + 2 * BT])
         else:
             o_row = o_t.to(tl.int64)[:, None]
             m_k = m_t[:, None] & (o_k < K)[None, :]
@@ -207,32 +206,30 @@ def scan_kernel(
             b_q = tl.load(p_q + o_row * stride_q_t + o_k[None, :] * stride_q_k, m_k, 0.0)
             b_v = tl.load(p_v + o_row * stride_v_t + o_v[None, :] * stride_v_v, m_v, 0.0)
             b_inverse = tl.load(p_inverse + o_row * (HV * BT) + o_i[None, :], m_t[:, None], 0.0)
-            b_G = tl.load(p_G + i_first + o_t, m_t, 0.0)
-        p_last = p_G + i_first + tl.minimum(i_t + BT, valid) - 1
+            p_Gt = p_G + i_t * (HV * ROWS) + o_i
+            b_G = tl.load(p_Gt, m_t, 0.0)
+            if USE_QK_L2NORM:
+                b_Gq = tl.load(p_Gt + BT, m_t, 0.0)
+                b_Gk = tl.load(p_Gt + 2 * BT, m_t, 0.0)
+        if not USE_QK_L2NORM:
+            b_Gq = b_G
+            b_Gk = b_G
+        p_last = p_G + i_t * (HV * ROWS) + tl.minimum(BT, valid - i_t) - 1
         b_last = tl.load(p_last, valid > 0, 0.0) * 1.4426950408889634
         b_G *= 1.4426950408889634
-        b_decay = tl.exp2(b_G.to(tl.float32))
-        b_k_decay = b_decay
-        if USE_QK_L2NORM:
-            if USE_DESCRIPTORS:
-                b_k_decay *= d_k_scale.load([i_token])
-            else:
-                b_k_decay *= tl.load(p_k_scale + i_first + o_t, m_t, 0.0)
+        b_Gq *= 1.4426950408889634
+        b_Gk *= 1.4426950408889634
 
         # The order of what follows is that which needs the fewest registers.
         b_Sd = b_S.to(DOT)
         b_x = tl.dot(b_Sd, tl.trans(b_k).to(DOT), input_precision=PRECISION)
-        b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION) * b_decay[None, :]
-        b_x = tl.trans(b_v).to(tl.float32) - b_x * b_k_decay[None, :]
+        b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION)
+        b_o *= tl.exp2(b_Gq.to(tl.float32))[None, :]
+        b_x = tl.trans(b_v).to(tl.float32) - b_x * tl.exp2(b_Gk.to(tl.float32))[None, :]
         b_u = tl.dot(b_x.to(DOT), tl.trans(b_inverse).to(DOT), input_precision=PRECISION)
         b_P = tl.dot(b_k.to(DOT), tl.trans(b_q).to(DOT), input_precision=PRECISION)
-        b_P *= decay_between(b_G[None, :], b_G[:, None], m_pairs)
+        b_P *= decay_between(b_Gq[None, :], b_G[:, None], m_pairs)
         b_o = tl.dot(b_u.to(DOT), b_P.to(DOT), b_o, input_precision=PRECISION) * scale
-        if USE_QK_L2NORM:
-            if USE_DESCRIPTORS:
-                b_o *= d_q_scale.load([i_token])[None, :]
-            else:
-                b_o *= tl.load(p_q_scale + i_first + o_t, m_t, 0.0)[None, :]
         b_u *= tl.exp2(tl.minimum(b_last - b_G, 0.0).to(tl.float32))[None, :]
         b_S *= tl.exp2(b_last.to(tl.float32))
         b_S = tl.dot(b_u.to(DOT), b_k.to(DOT), b_S, input_precision=PRECISION)
