@@ -79,12 +79,13 @@ def _new_gradient(x: Tensor | None, like: Tensor) -> Tensor:
     )
 
 
-def _head_major(beta: Tensor | None, G: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
-    """``beta`` as ``[B, HV, T]``, float32, in rows as long as those of ``G``."""
+def _head_major(beta: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+    """``beta`` as ``[B, HV, T]``, float32, and its strides: rows of 16-byte multiples."""
     if beta is None:
         return None, (0, 0)
-    rows = torch.empty(G.shape, dtype=torch.float32, device=G.device)
-    rows[..., : beta.shape[1]] = beta.transpose(1, 2)
+    B, T, HV = beta.shape
+    rows = beta.new_empty((B, HV, triton.cdiv(T, 4) * 4), dtype=torch.float32)
+    rows[..., :T] = beta.transpose(1, 2)
     return rows, rows.stride()[:2]
 
 
@@ -154,9 +155,8 @@ def chunk_backward(
     }
     scale = K**-0.5 if scale is None else scale
     G, q_scale, k_scale, inverse = made
-    beta, beta_strides = _head_major(beta, G)
+    beta, beta_strides = _head_major(beta)
     norms = (q_scale, k_scale)
-    norm_strides = (*_strides(q_scale, 3)[:2], *_strides(k_scale, 3)[:2])
     rows = N * HV * triton.cdiv(V, tiles.BV_SCAN)
     chunk_replay_kernel[(rows,)](
         *(k, v, beta, initial_state, cu_seqlens, G, k_scale, inverse, states, u),
@@ -165,8 +165,6 @@ def chunk_backward(
         *beta_strides,
         *_strides(initial_state, 4),
         *_strides(cu_seqlens, 1),
-        *G.stride()[:2],
-        *norm_strides[2:],
         *u.stride(),
         T,
         **scan,
@@ -180,8 +178,6 @@ def chunk_backward(
         *k.stride(),
         *beta_strides,
         *_strides(cu_seqlens, 1),
-        *G.stride()[:2],
-        *norm_strides,
         *dr.stride(),
         T,
         scale=scale,
@@ -195,8 +191,6 @@ def chunk_backward(
         *v.stride(),
         *beta_strides,
         *_strides(cu_seqlens, 1),
-        *G.stride()[:2],
-        *norm_strides,
         *dq.stride(),
         T,
         scale=scale,

@@ -35,9 +35,9 @@ AXES = {
     "v": "bthv",
     "beta": "bht",
     "cu_seqlens": "n",
-    "G": "bht",
-    "q_scale": "bht",
-    "k_scale": "bht",
+    "G": "cht",
+    "q_scale": "cht",
+    "k_scale": "cht",
     "states": "chvk",
     "dstates": "chvk",
     "u": "bthv",
@@ -92,12 +92,6 @@ def chunk_gradients_kernel(
     stride_beta_b,
     stride_beta_h,
     stride_cu_seqlens_n,
-    stride_G_b,
-    stride_G_h,
-    stride_q_scale_b,
-    stride_q_scale_h,
-    stride_k_scale_b,
-    stride_k_scale_h,
     stride_dq_b,
     stride_dq_t,
     stride_dq_h,
@@ -153,11 +147,9 @@ def chunk_gradients_kernel(
     b_q_scale = m_t.to(tl.float32)
     b_k_scale = m_t.to(tl.float32)
     if USE_QK_L2NORM:
-        o_scale = i_first + o_i
-        p_scale = q_scale + i_b * stride_q_scale_b + i_h * stride_q_scale_h
-        b_q_scale = tl.load(p_scale + o_scale, m_t, 0.0)
-        p_scale = k_scale + i_b * stride_k_scale_b + i_h * stride_k_scale_h
-        b_k_scale = tl.load(p_scale + o_scale, m_t, 0.0)
+        o_scale = (i_place * H + i_h) * BT + o_i
+        b_q_scale = tl.load(q_scale + o_scale, m_t, 0.0)
+        b_k_scale = tl.load(k_scale + o_scale, m_t, 0.0)
     m_pairs = o_i[:, None] >= o_i[None, :]
     m_lower = o_i[:, None] > o_i[None, :]
 
@@ -169,7 +161,7 @@ def chunk_gradients_kernel(
     # No head where no token is valid.
     for i_r in range(tl.where(valid > 0, R, 0)):
         i_hv = i_h * R + i_r
-        p_G = G + i_b * stride_G_b + i_hv * stride_G_h + i_first
+        p_G = G + (i_place * HV + i_hv) * BT
         b_G = tl.load(p_G + o_i, m_t, 0.0) * 1.4426950408889634
         b_last = tl.load(p_G + tl.minimum(valid, BT) - 1) * 1.4426950408889634
         b_decay, b_tail = decays_of_chunk(b_G, b_last)
