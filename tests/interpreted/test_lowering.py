@@ -1,0 +1,86 @@
+"""Generated modules, run in Triton's interpreter, against the float64 loop."""
+
+import oracle
+import pytest
+import torch
+from generated import run
+from inputs import cu_seqlens, indices, make_inputs, make_state
+from tolerance import assert_as_accurate_as_plain, witnesses
+
+import gdn_ops
+from lowering.fake_gpu import generate
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+H, HV, K, V = 2, 4, 16, 24
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def _tokens(B, T, dtype=torch.float32):
+    return make_inputs(B, T, H, HV, K, V, dtype)
+
+
+def _results(function, *args):
+    """What the generated module returns and leaves in its arguments, which are copies."""
+    args = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args)
+    (module,) = generate(function, args)
+    assert ".default(" not in module.code, "an opaque call"
+    outputs = run(module.code, [x for x in module.inputs if x is not None])
+    return outputs, args
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["recurrent", "chunk"])
+@pytest.mark.parametrize("lengths", [None, (3, 0, 70, 1)], ids=["batch", "packed"])
+def test_a_lowered_operator_is_as_accurate_as_the_plain_loop(name, lengths, dtype):
+    tokens = _tokens(2, 67, dtype) if lengths is None else _tokens(1, 80, dtype)
+    bounds = None if lengths is None else cu_seqlens(lengths)
+    state = make_state(2 if lengths is None else len(lengths), HV, V, K)
+
+    def doubled(*args):
+        o, final = getattr(gdn_ops, name)(*args)
+        return o.float() * 2, final
+
+    (o, final), _ = _results(doubled, *tokens, state, bounds)
+    exact, plain = witnesses(oracle.delta_rule, *tokens, state, bounds)
+    if name == "chunk" and dtype == torch.bfloat16:
+        # Operands of the products are bfloat16 too.
+        for x, y in ((o / 2, exact[0]), (final, exact[1])):
+            assert (x.double() - y).norm() <= 2 * torch.finfo(dtype).eps * y.norm()
+        return
+    # Doubling is exact, so the fused epilogue shows in nothing but the factor.
+    assert_as_accurate_as_plain((o / 2).to(dtype), exact[0], plain[0], terms=K, name="o")
+    assert_as_accurate_as_plain(final, exact[1], plain[1], terms=K, name="state")
+
+
+@DTYPES
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lowered_step_updates_the_pool_as_the_plain_loop_does(state_dtype, dtype):
+    """Decode rows, verify rows, rows of padding and tokens of no row."""
+    tokens, pool = _tokens(1, 12, dtype), make_state(20, HV, V, K, state_dtype)
+    table = torch.arange(20, dtype=torch.int32).view(5, 4).flip(0).contiguous()
+    table[4] = -1
+    accepted, bounds = indices([3, 1, 2, 4, 1]), cu_seqlens([1, 4, 0, 2, 3])
+
+    def layer(*args):
+        return gdn_ops.recurrent_(*args) * 2
+
+    args = (*tokens, pool, table, accepted, bounds)
+    (o,), changed = _results(layer, *args)
+    exact, plain = witnesses(oracle.delta_rule_into_pool, *args)
+    assert_as_accurate_as_plain(o / 2, exact[0], plain[0], terms=K, name="o")
+    assert_as_accurate_as_plain(changed[5], exact[1], plain[1], terms=K, name="pool")
+
+
+def test_a_lowered_prefill_updates_the_pool_as_the_plain_loop_does():
+    tokens, pool = _tokens(1, 80), make_state(7, HV, V, K)
+    slots, bounds = indices([6, 1, -1, 2]), cu_seqlens([3, 0, 5, 70])
+
+    def layer(*args):
+        return gdn_ops.chunk_(*args, None, bounds) * 2
+
+    args = (*tokens, pool, slots)
+    (o,), changed = _results(layer, *args)
+    exact, plain = witnesses(oracle.delta_rule_into_pool, *args, cu_seqlens=bounds)
+    assert_as_accurate_as_plain(o / 2, exact[0], plain[0], terms=K, name="o")
+    assert_as_accurate_as_plain(changed[5], exact[1], plain[1], terms=K, name="pool")
