@@ -134,20 +134,25 @@ def _triton_driver(gpu: Arch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cuda_guard() -> Iterator[None]:
-    if torch.backends.cuda.is_built():
-        # This build has a guard; torch puts an idle one in its place where there is no GPU.
-        from torch._subclasses import fake_tensor
+    from torch._subclasses import fake_tensor
 
-        torch._C._ensureCUDADeviceGuardSet()
-        with mock.patch.object(fake_tensor, "init_gpu_context"):
-            yield
-        return
-    library = _guard_library()
-    library.lend_cuda()
     try:
-        yield
-    finally:
-        library.take_cuda_back()
+        library = _guard_library()
+    except RuntimeError:
+        if not torch.backends.cuda.is_built():
+            raise
+        # A CUDA build has a guard, which torch makes idle where there is no GPU: enough as long as
+        # autograd has nothing to do.
+        torch._C._ensureCUDADeviceGuardSet()
+        library = None
+    with mock.patch.object(fake_tensor, "init_gpu_context"):
+        if library is not None:
+            library.lend_cuda()
+        try:
+            yield
+        finally:
+            if library is not None:
+                library.take_cuda_back()
 
 
 @functools.cache

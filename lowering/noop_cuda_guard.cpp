@@ -1,4 +1,4 @@
-// What a CPU build of torch lacks for fake tensors on a CUDA device, lent and taken back: a device
+// What torch lacks without a GPU for fake tensors on a CUDA device, lent and taken back: a device
 // guard, which does nothing, and the answer that there is one CUDA device, which autograd asks for.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
