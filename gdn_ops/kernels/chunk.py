@@ -61,14 +61,16 @@ def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Til
 PREPARE_WARPS, PREPARE_BN = 2, 128
 
 
-@functools.cache
-def _device(index: int | None) -> tuple[int, bool]:
-    """Multiprocessors, and whether tensor descriptors are a feature of the hardware."""
+def features(index: int | None) -> tuple[int, bool]:
+    """Multiprocessors of a device, and whether tensor descriptors are a feature of its hardware."""
     if index is None:  # the interpreter
         return 1, False
     properties = torch.cuda.get_device_properties(index)
     has_descriptors = torch.version.hip is None and properties.major >= 9
     return properties.multi_processor_count, has_descriptors
+
+
+_device = functools.cache(features)
 
 
 def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:

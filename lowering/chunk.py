@@ -1,0 +1,223 @@
+"""``chunk`` and ``chunk_`` as two templates, of ``gdn_ops/kernels/chunk_prepare.py`` and
+``gdn_ops/kernels/chunk_scan.py``."""
+
+from typing import Any
+
+import torch
+from torch.utils._sympy.functions import FloorDiv
+
+from gdn_ops.kernels import chunk as kernels
+from gdn_ops.kernels import chunk_prepare, chunk_scan
+
+from . import _inductor
+from ._inductor import IRNode, Unsupported
+from .template import Config, KernelTemplate
+
+
+@_inductor.symbolic_grid
+def prepare_grid(places: Any, key_heads: Any, meta: dict[str, Any]) -> Any:
+    return (places * key_heads, 1, 1)
+
+
+@_inductor.symbolic_grid
+def scan_grid(sequences: Any, value_heads: Any, V: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
+    return (sequences * value_heads * cdiv(V, meta["BV"]), 1, 1)
+
+
+PREPARE = KernelTemplate(
+    "gdn_chunk_prepare",
+    chunk_prepare.prepare_kernel,
+    prepare_grid,
+    axes=chunk_prepare.AXES,
+    sizes=chunk_prepare.SIZES,
+    tile=("BT", "BT"),
+    output="inverse",
+)
+SCAN = KernelTemplate(
+    "gdn_chunk_scan",
+    chunk_scan.scan_kernel,
+    scan_grid,
+    axes=chunk_scan.AXES,
+    sizes=chunk_scan.SIZES,
+    tile=("BT", "BV"),
+)
+
+
+def supports(q: IRNode, g: IRNode | None) -> None:
+    """Raise for a call that the kernels cannot serve.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+    device = _inductor.device(q)
+    if device.type != "cuda":
+        raise Unsupported(f"there are no kernels for {device.type}")
+    if q.get_dtype() == torch.float64:
+        raise Unsupported("the kernels compute in float32; pass q in a smaller dtype")
+    if g is not None and len(g.get_size()) == 4:
+        raise Unsupported("the kernels have one decay per head; g has one per key channel")
+
+
+def _fits_descriptor(x: IRNode) -> bool:
+    """Whether every row of every head is known to start and end at a multiple of 16 bytes."""
+    size = x.get_dtype().itemsize
+    *outer, inner = x.get_stride()
+    at = [*outer, x.get_size()[3], x.get_layout().offset]
+    graph = _inductor.V.graph  # type: ignore[attr-defined]  # nothing else of Inductor is known here
+    unaligned = getattr(graph, "unaligned_buffers", ())
+    return (
+        inner == 1
+        and all(step * size % 16 == 0 for step in at)
+        and _inductor.storage_name(x) not in unaligned
+    )
+
+
+def _call(
+    tensors: dict[str, IRNode | None],
+    scale: float | None,
+    use_qk_l2norm: bool,
+    null_index: int,
+    in_place: bool,
+) -> Any:
+    """Add both kernels to the graph; returns ``o``."""
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    cu_seqlens, indices = tensors["cu_seqlens"], tensors["state_indices"]
+    g, beta = tensors.pop("g"), tensors.pop("beta")
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    B, T, H, K = q.get_size()
+    HV, V = v.get_size()[2:]
+    H, K, HV, V = (_inductor.static_int(size) for size in (H, K, HV, V))
+    # Packed rows have one sequence more, the tokens of none.
+    sequences = B if cu_seqlens is None else cu_seqlens.get_size()[0]
+    dtype = q.get_dtype()
+    processors, has_descriptors = kernels.features(_inductor.device(q).index or 0)
+    heads = _inductor._hints([sequences])[0] * HV
+    tiles = kernels.pick(K, V, dtype, heads, processors)
+    sizes: dict[str, Any] = {"H": H, "HV": HV, "K": K}
+    flags: dict[str, Any] = {"IS_VARLEN": cu_seqlens is not None, "USE_QK_L2NORM": use_qk_l2norm}
+    operands: dict[str, Any] = {
+        "DOT": str(dtype).replace("torch", "tl"),
+        "PRECISION": repr(kernels.PRECISION),
+    }
+    generators = _generators(T)
+
+    chunks = FloorDiv(T + tiles.BT - 1, tiles.BT)
+    places = B * chunks if cu_seqlens is None else chunks + cu_seqlens.get_size()[0] - 1
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    rows = 3 if use_qk_l2norm else 1
+    G = _inductor.new_buffer(q, [places, HV, rows, tiles.BT], wide)
+    inverse = PREPARE.call(
+        {
+            "q": q if use_qk_l2norm else None,
+            "k": k,
+            "g": g,
+            "beta": beta,
+            "cu_seqlens": cu_seqlens,
+            "G": G,
+        },
+        _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
+        [Config.of(kernels.PREPARE_WARPS, 1, BT=tiles.BT, BK=tiles.BK, BN=kernels.PREPARE_BN)],
+        mutated=["G"],
+        call_sizes=[places, H],
+        generators=generators,
+        HAS_G=g is not None,
+        HAS_BETA=beta is not None,
+        IS_SCALED=True,
+        **sizes,
+        **flags,
+        **operands,
+    )
+    use_descriptors = (
+        has_descriptors and dtype != torch.float32 and all(_fits_descriptor(x) for x in (q, k, v))
+    )
+    tensors |= {"inverse": _inductor.realize(inverse), "G": G}
+    return SCAN.call(
+        {name: tensors[name] for name in chunk_scan.AXES if name in tensors},
+        _inductor.contiguous_layout(v, [B, T, HV, V], dtype),
+        [Config.of(tiles.num_warps, tiles.num_stages, BT=tiles.BT, BK=tiles.BK, BV=tiles.BV)],
+        mutated=["state" if in_place else "final_state"],
+        aliases={"final_state": "state"} if in_place else None,
+        call_sizes=[sequences, HV, V],
+        generators=generators,
+        scale=K**-0.5 if scale is None else scale,
+        null_index=null_index,
+        V=V,
+        HAS_STATE=tensors["state"] is not None,
+        HAS_INDICES=indices is not None,
+        HAS_READ_INDICES=tensors["read_indices"] is not None,
+        HAS_INITIAL_STATE=tensors["has_initial_state"] is not None,
+        IS_POOL=in_place,
+        USE_DESCRIPTORS=use_descriptors,
+        # Inductor fuses into stores through pointers only.
+        USE_DESCRIPTOR_STORE=False,
+        INDEX="tl.int32" if _inductor.is_known(B * T * HV * V < 2**31) else "tl.int64",
+        **sizes,
+        **flags,
+        **operands,
+    )
+
+
+def _generators(T: Any) -> dict[str, Any]:
+    """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
+    zeros = _inductor.same_number(0)
+    return {
+        "state": _inductor.few_slots(1),
+        "state_indices": zeros,
+        "read_indices": zeros,
+        "cu_seqlens": _inductor.even_bounds(T),
+    }
+
+
+def lower(
+    q: IRNode,
+    k: IRNode,
+    v: IRNode,
+    g: IRNode | None = None,
+    beta: IRNode | None = None,
+    initial_state: IRNode | None = None,
+    cu_seqlens: IRNode | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+) -> Any:
+    """``gdn::chunk``."""
+    supports(q, g)
+    N = q.get_size()[0] if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
+    HV, V, K = (_inductor.static_int(x) for x in (*v.get_size()[2:], q.get_size()[3]))
+    dtype = torch.float32 if initial_state is None else initial_state.get_dtype()
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": initial_state}
+    inputs["cu_seqlens"] = cu_seqlens
+    tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
+    tensors |= dict.fromkeys(("state_indices", "has_initial_state", "read_indices"))
+    final_state = _inductor.new_buffer(v, [N, HV, V, K], dtype)
+    tensors["final_state"] = final_state
+    o = _call(tensors, scale, use_qk_l2norm, -1, in_place=False)
+    return o, _inductor.as_result(final_state)
+
+
+def lower_(
+    q: IRNode,
+    k: IRNode,
+    v: IRNode,
+    g: IRNode | None,
+    beta: IRNode | None,
+    state: IRNode,
+    state_indices: IRNode | None,
+    has_initial_state: IRNode | None = None,
+    cu_seqlens: IRNode | None = None,
+    read_indices: IRNode | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+    null_index: int = -1,
+) -> Any:
+    """``gdn::chunk_``."""
+    supports(q, g)
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state_indices": state_indices}
+    inputs |= {"has_initial_state": has_initial_state, "cu_seqlens": cu_seqlens}
+    inputs["read_indices"] = read_indices
+    tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
+    tensors["state"] = _inductor.realize_in_place(state, "state")
+    return _call(tensors, scale, use_qk_l2norm, null_index, in_place=True)
