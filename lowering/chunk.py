@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]  # it has no stubs
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
@@ -66,8 +67,8 @@ def _fits_descriptor(x: IRNode) -> bool:
     graph = _inductor.V.graph  # type: ignore[attr-defined]  # nothing else of Inductor is known here
     unaligned = getattr(graph, "unaligned_buffers", ())
     return (
-        inner == 1
-        and all(step * size % 16 == 0 for step in at)
+        _inductor.is_known(sympy.Eq(inner, 1))
+        and all(_inductor.is_known(sympy.Eq(step * size % 16, 0)) for step in at)
         and _inductor.storage_name(x) not in unaligned
     )
 
