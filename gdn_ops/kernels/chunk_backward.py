@@ -22,7 +22,7 @@ from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
 
 # Bounds of sequences that a program reads at once to find its chunk.
-_BN = 128
+PLACE_BN = 128
 
 
 class BackwardTiles(NamedTuple):
@@ -117,7 +117,7 @@ def chunk_backward(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tiles = pick_backward(K, V, q.dtype)
     BT = tiles.BT
-    made = chunk.prepare(
+    G, inverse = chunk.prepare(
         *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm),
         chunk.Tiles(BT, tiles.BK, tiles.BV_SCAN, tiles.warps_scan, tiles.stages_scan),
         is_scaled=False,
@@ -154,12 +154,10 @@ def chunk_backward(
         "num_stages": tiles.stages_scan,
     }
     scale = K**-0.5 if scale is None else scale
-    G, q_scale, k_scale, inverse = made
     beta, beta_strides = _head_major(beta)
-    norms = (q_scale, k_scale)
     rows = N * HV * triton.cdiv(V, tiles.BV_SCAN)
     chunk_replay_kernel[(rows,)](
-        *(k, v, beta, initial_state, cu_seqlens, G, k_scale, inverse, states, u),
+        *(k, v, beta, initial_state, cu_seqlens, G, inverse, states, u),
         *k.stride(),
         *v.stride(),
         *beta_strides,
@@ -170,7 +168,7 @@ def chunk_backward(
         **scan,
     )
     chunk_reverse_kernel[(rows,)](
-        *(do, dfinal_state, q, k, beta, cu_seqlens, G, *norms, inverse),
+        *(do, dfinal_state, q, k, beta, cu_seqlens, G, inverse),
         *(dstates, dinitial_state, dr),
         *do.stride(),
         *dfinal_state.stride(),
@@ -184,7 +182,7 @@ def chunk_backward(
         **scan,
     )
     chunk_gradients_kernel[(places * H,)](
-        *(do.contiguous(), q, k, v, beta, cu_seqlens, G, *norms, states, dstates, u, dr),
+        *(do.contiguous(), q, k, v, beta, cu_seqlens, G, states, dstates, u, dr),
         *(dk, dv, dg, dbeta, dq),
         *q.stride(),
         *k.stride(),
@@ -197,7 +195,7 @@ def chunk_backward(
         HAS_G=g is not None,
         **flags,
         BV=tiles.BV_GRADIENTS,
-        BN=_BN,
+        BN=PLACE_BN,
         num_warps=tiles.warps_gradients,
         num_stages=tiles.stages_gradients,
     )

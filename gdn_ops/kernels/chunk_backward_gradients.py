@@ -24,7 +24,7 @@ and key head ``2 BT K`` read and as much written.
 import triton
 import triton.language as tl
 
-from .chunk_backward_replay import decays_of_chunk
+from .chunk_backward_replay import decays_of_chunk, scale_of_rows
 from .chunk_prepare import decay_between, find_chunk, load_bounds
 from .output import store_output
 
@@ -35,9 +35,7 @@ AXES = {
     "v": "bthv",
     "beta": "bht",
     "cu_seqlens": "n",
-    "G": "cht",
-    "q_scale": "cht",
-    "k_scale": "cht",
+    "G": "chrt",
     "states": "chvk",
     "dstates": "chvk",
     "u": "bthv",
@@ -66,8 +64,6 @@ def chunk_gradients_kernel(
     beta,
     cu_seqlens,
     G,
-    q_scale,
-    k_scale,
     states,
     dstates,
     u,
@@ -146,10 +142,13 @@ def chunk_gradients_kernel(
     b_k = tl.load(p_k + o_tk, m_k, 0.0).to(DOT)
     b_q_scale = m_t.to(tl.float32)
     b_k_scale = m_t.to(tl.float32)
+    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
     if USE_QK_L2NORM:
-        o_scale = (i_place * H + i_h) * BT + o_i
-        b_q_scale = tl.load(q_scale + o_scale, m_t, 0.0)
-        b_k_scale = tl.load(k_scale + o_scale, m_t, 0.0)
+        # Of the first value head: those of the others are the same.
+        p_G = G + (i_place.to(tl.int64) * HV + i_h * R) * (ROWS * BT) + o_i
+        b_G = tl.load(p_G, m_t, 0.0) * 1.4426950408889634
+        b_q_scale *= scale_of_rows(tl.load(p_G + BT, m_t, 0.0), b_G)
+        b_k_scale *= scale_of_rows(tl.load(p_G + 2 * BT, m_t, 0.0), b_G)
     m_pairs = o_i[:, None] >= o_i[None, :]
     m_lower = o_i[:, None] > o_i[None, :]
 
@@ -161,7 +160,7 @@ def chunk_gradients_kernel(
     # No head where no token is valid.
     for i_r in range(tl.where(valid > 0, R, 0)):
         i_hv = i_h * R + i_r
-        p_G = G + (i_place * HV + i_hv) * BT
+        p_G = G + (i_place.to(tl.int64) * HV + i_hv) * (ROWS * BT)
         b_G = tl.load(p_G + o_i, m_t, 0.0) * 1.4426950408889634
         b_last = tl.load(p_G + tl.minimum(valid, BT) - 1) * 1.4426950408889634
         b_decay, b_tail = decays_of_chunk(b_G, b_last)

@@ -29,8 +29,7 @@ AXES = {
     "beta": "bht",
     "initial_state": "nhvk",
     "cu_seqlens": "n",
-    "G": "cht",
-    "k_scale": "cht",
+    "G": "chrt",
     "inverse": "bthj",
     "states": "chvk",
     "u": "bthv",
@@ -46,6 +45,12 @@ def decays_of_chunk(b_G, b_last):
 
 
 @triton.jit
+def scale_of_rows(b_Gx, b_G):
+    """``x_scale`` from its row of ``G``; the other row is to base 2 already."""
+    return tl.exp2((b_Gx * 1.4426950408889634 - b_G).to(tl.float32))
+
+
+@triton.jit
 def chunk_replay_kernel(
     k,
     v,
@@ -53,7 +58,6 @@ def chunk_replay_kernel(
     initial_state,
     cu_seqlens,
     G,
-    k_scale,
     inverse,
     states,
     u,
@@ -125,13 +129,11 @@ def chunk_replay_kernel(
     p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
     p_inverse = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
     p_states = states + (i_place * HV + i_hv) * (V * K)
-    p_G = G + (i_place * HV + i_hv) * BT
+    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
+    p_G = G + (i_place * HV + i_hv) * (ROWS * BT)
     p_beta = beta
     if HAS_BETA:
         p_beta += i_b * stride_beta_b + i_hv * stride_beta_h
-    p_k_scale = k_scale
-    if USE_QK_L2NORM:
-        p_k_scale += (i_place * H + i_h) * BT
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = tl.maximum(length, 1)
     if USE_DESCRIPTORS:
@@ -144,11 +146,9 @@ def chunk_replay_kernel(
         places = tl.cdiv(rows, BT) * BT
         # From the start of the row on, whose address is a multiple of 16 bytes.
         i_token = i_first.to(tl.int32)
-        d_G = tl.make_tensor_descriptor(p_G, [places * HV], [1], [BT])
+        d_G = tl.make_tensor_descriptor(p_G, [places * HV * ROWS], [1], [BT])
         if HAS_BETA:
             d_beta = tl.make_tensor_descriptor(p_beta, [i_token + rows], [1], [BT])
-        if USE_QK_L2NORM:
-            d_k_scale = tl.make_tensor_descriptor(p_k_scale, [places * H], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_u = u + i_b * stride_u_b + i_first * stride_u_t + i_hv * stride_u_h
         d_u = tl.make_tensor_descriptor(p_u, [rows, V], [stride_u_t, 1], [BT, BV])
@@ -163,11 +163,12 @@ def chunk_replay_kernel(
             b_k = d_k.load([i_t * BT, 0]).to(DOT)
             b_v = d_v.load([i_t * BT, i_v * BV])
             b_X = d_inverse.load([i_t * BT, 0]).to(DOT)
-            b_G = d_G.load([i_t * BT * HV])
+            i_G = i_t * BT * HV * ROWS
+            b_G = d_G.load([i_G])
             if HAS_BETA:
                 b_beta = d_beta.load([i_token + i_t * BT])
             if USE_QK_L2NORM:
-                b_k_scale = d_k_scale.load([i_t * BT * H])
+                b_Gk = d_G.load([i_G + 2 * BT])
             d_states.store([i_t, i_v * BV, 0], tl.reshape(b_Sd, (1, BV, BK)))
         else:
             m_k = m_t[:, None] & (o_k < K)[None, :]
@@ -177,17 +178,21 @@ def chunk_replay_kernel(
             b_k = tl.load(p_k + i_row * stride_k_t + o_tk, m_k, 0.0).to(DOT)
             b_v = tl.load(p_v + i_row * stride_v_t + o_tv, m_v, 0.0)
             b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
-            b_G = tl.load(p_G + i_row * HV + o_i, m_t, 0.0)
+            p_t = p_G + i_row * (HV * ROWS) + o_i
+            b_G = tl.load(p_t, m_t, 0.0)
             if HAS_BETA:
                 b_beta = tl.load(p_beta + i_row + o_i, m_t, 0.0)
             if USE_QK_L2NORM:
-                b_k_scale = tl.load(p_k_scale + i_row * H + o_i, m_t, 0.0)
+                b_Gk = tl.load(p_t + 2 * BT, m_t, 0.0)
             tl.store(p_states + i_row // BT * (HV * V * K) + o_state, b_Sd, m_state)
         b_last = (
-            tl.load(p_G + i_row * HV + tl.minimum(length - i_t * BT, BT) - 1) * 1.4426950408889634
+            tl.load(p_G + i_row * (HV * ROWS) + tl.minimum(length - i_t * BT, BT) - 1)
+            * 1.4426950408889634
         )
-        b_decay, b_tail = decays_of_chunk(b_G * 1.4426950408889634, b_last)
+        b_G *= 1.4426950408889634
+        b_decay, b_tail = decays_of_chunk(b_G, b_last)
         if USE_QK_L2NORM:
+            b_k_scale = scale_of_rows(b_Gk, b_G)
             b_decay *= b_k_scale
             b_tail *= b_k_scale
 

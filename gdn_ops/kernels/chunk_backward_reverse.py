@@ -21,7 +21,7 @@ Traffic of a chunk and value head, in numbers: ``BT (2 K + V + BT)`` read, ``K V
 import triton
 import triton.language as tl
 
-from .chunk_backward_replay import decays_of_chunk
+from .chunk_backward_replay import decays_of_chunk, scale_of_rows
 from .chunk_prepare import decay_between, load_bounds
 from .output import store_output
 
@@ -32,9 +32,7 @@ AXES = {
     "k": "bthk",
     "beta": "bht",
     "cu_seqlens": "n",
-    "G": "cht",
-    "q_scale": "cht",
-    "k_scale": "cht",
+    "G": "chrt",
     "inverse": "bthj",
     "dstates": "chvk",
     "dinitial_state": "nhvk",
@@ -52,8 +50,6 @@ def chunk_reverse_kernel(
     beta,
     cu_seqlens,
     G,
-    q_scale,
-    k_scale,
     inverse,
     dstates,
     dinitial_state,
@@ -130,15 +126,11 @@ def chunk_reverse_kernel(
     p_do = do + i_b * stride_do_b + i_first * stride_do_t + i_hv * stride_do_h
     p_inverse = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
     p_dstates = dstates + (i_place * HV + i_hv) * (V * K)
-    p_G = G + (i_place * HV + i_hv) * BT
+    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
+    p_G = G + (i_place * HV + i_hv) * (ROWS * BT)
     p_beta = beta
     if HAS_BETA:
         p_beta += i_b * stride_beta_b + i_hv * stride_beta_h
-    p_q_scale = q_scale
-    p_k_scale = k_scale
-    if USE_QK_L2NORM:
-        p_q_scale += (i_place * H + i_h) * BT
-        p_k_scale += (i_place * H + i_h) * BT
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = tl.maximum(length, 1)
     if USE_DESCRIPTORS:
@@ -152,12 +144,9 @@ def chunk_reverse_kernel(
         places = tl.cdiv(rows, BT) * BT
         # From the start of the row on, whose address is a multiple of 16 bytes.
         i_token = i_first.to(tl.int32)
-        d_G = tl.make_tensor_descriptor(p_G, [places * HV], [1], [BT])
+        d_G = tl.make_tensor_descriptor(p_G, [places * HV * ROWS], [1], [BT])
         if HAS_BETA:
             d_beta = tl.make_tensor_descriptor(p_beta, [i_token + rows], [1], [BT])
-        if USE_QK_L2NORM:
-            d_q_scale = tl.make_tensor_descriptor(p_q_scale, [places * H], [1], [BT])
-            d_k_scale = tl.make_tensor_descriptor(p_k_scale, [places * H], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_dr = dr + i_b * stride_dr_b + i_first * stride_dr_t + i_hv * stride_dr_h
         d_dr = tl.make_tensor_descriptor(p_dr, [rows, V], [stride_dr_t, 1], [BT, BV])
@@ -176,12 +165,13 @@ def chunk_reverse_kernel(
             b_k = d_k.load([i_t * BT, 0]).to(DOT)
             b_do = d_do.load([i_t * BT, i_v * BV])
             b_X = d_inverse.load([i_t * BT, 0]).to(DOT)
-            b_G = d_G.load([i_t * BT * HV])
+            i_G = i_t * BT * HV * ROWS
+            b_G = d_G.load([i_G])
             if HAS_BETA:
                 b_beta = d_beta.load([i_token + i_t * BT])
             if USE_QK_L2NORM:
-                b_q_scale = d_q_scale.load([i_t * BT * H])
-                b_k_scale = d_k_scale.load([i_t * BT * H])
+                b_Gq = d_G.load([i_G + BT])
+                b_Gk = d_G.load([i_G + 2 * BT])
             d_dstates.store([i_t, i_v * BV, 0], tl.reshape(b_dSd, (1, BV, BK)))
         else:
             m_k = m_t[:, None] & (o_k < K)[None, :]
@@ -193,23 +183,27 @@ def chunk_reverse_kernel(
             b_k = tl.load(p_k + i_row * stride_k_t + o_tk, m_k, 0.0).to(DOT)
             b_do = tl.load(p_do + i_row * stride_do_t + o_tv, m_v, 0.0)
             b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
-            b_G = tl.load(p_G + i_row * HV + o_i, m_t, 0.0)
+            p_t = p_G + i_row * (HV * ROWS) + o_i
+            b_G = tl.load(p_t, m_t, 0.0)
             if HAS_BETA:
                 b_beta = tl.load(p_beta + i_row + o_i, m_t, 0.0)
             if USE_QK_L2NORM:
-                b_q_scale = tl.load(p_q_scale + i_row * H + o_i, m_t, 0.0)
-                b_k_scale = tl.load(p_k_scale + i_row * H + o_i, m_t, 0.0)
+                b_Gq = tl.load(p_t + BT, m_t, 0.0)
+                b_Gk = tl.load(p_t + 2 * BT, m_t, 0.0)
             tl.store(p_dstates + i_row // BT * (HV * V * K) + o_state, b_dSd, m_state)
         b_do = tl.trans(b_do).to(DOT)
         b_G *= 1.4426950408889634
         b_last = (
-            tl.load(p_G + i_row * HV + tl.minimum(length - i_t * BT, BT) - 1) * 1.4426950408889634
+            tl.load(p_G + i_row * (HV * ROWS) + tl.minimum(length - i_t * BT, BT) - 1)
+            * 1.4426950408889634
         )
         b_decay, b_tail = decays_of_chunk(b_G, b_last)
         b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs & m_t[:, None]) * scale
         b_from_q = b_decay * scale
         b_from_k = -b_decay
         if USE_QK_L2NORM:
+            b_q_scale = scale_of_rows(b_Gq, b_G)
+            b_k_scale = scale_of_rows(b_Gk, b_G)
             b_D *= b_q_scale[:, None] * b_k_scale[None, :]
             b_from_q *= b_q_scale
             b_from_k *= b_k_scale

@@ -116,7 +116,7 @@ def test_more_sequences_than_a_program_reads_bounds_at_once(kernels, monkeypatch
     lengths = (3, 0, 40, 1, 1)
     tensors = _tensors(Shape(1, sum(lengths), 1, 1, 16, 16), sequences=len(lengths))
     expected = _gradients(kernels, tensors, cu_seqlens(lengths))
-    monkeypatch.setattr(kernels, "_BN", 2)
+    monkeypatch.setattr(kernels, "PLACE_BN", 2)
     for x, y in zip(_gradients(kernels, tensors, cu_seqlens(lengths)), expected, strict=True):
         assert_bitwise_equal(x, y)
 
