@@ -79,14 +79,12 @@ def _new_gradient(x: Tensor | None, like: Tensor) -> Tensor:
     )
 
 
-def _head_major(beta: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-    """``beta`` as ``[B, HV, T]``, float32, and its strides: rows of 16-byte multiples."""
-    if beta is None:
-        return None, (0, 0)
+def _head_major(beta: Tensor) -> Tensor:
+    """``beta`` in float32, the tokens of a head adjacent in rows of 16-byte multiples."""
     B, T, HV = beta.shape
     rows = beta.new_empty((B, HV, triton.cdiv(T, 4) * 4), dtype=torch.float32)
-    rows[..., :T] = beta.transpose(1, 2)
-    return rows, rows.stride()[:2]
+    rows = rows[..., :T].transpose(1, 2)
+    return rows.copy_(beta)
 
 
 def _use_descriptors(*tensors: Tensor) -> bool:
@@ -132,6 +130,7 @@ def chunk_backward(
     use_descriptors = _use_descriptors(q, k, v, do, states)
     if use_descriptors:
         triton.set_allocator(chunk._new_scratch)
+        beta = None if beta is None else _head_major(beta)
     flags: dict[str, Any] = {
         "H": H,
         "HV": HV,
@@ -154,13 +153,12 @@ def chunk_backward(
         "num_stages": tiles.stages_scan,
     }
     scale = K**-0.5 if scale is None else scale
-    beta, beta_strides = _head_major(beta)
     rows = N * HV * triton.cdiv(V, tiles.BV_SCAN)
     chunk_replay_kernel[(rows,)](
         *(k, v, beta, initial_state, cu_seqlens, G, inverse, states, u),
         *k.stride(),
         *v.stride(),
-        *beta_strides,
+        *_strides(beta, 3),
         *_strides(initial_state, 4),
         *_strides(cu_seqlens, 1),
         *u.stride(),
@@ -174,7 +172,7 @@ def chunk_backward(
         *dfinal_state.stride(),
         *q.stride(),
         *k.stride(),
-        *beta_strides,
+        *_strides(beta, 3),
         *_strides(cu_seqlens, 1),
         *dr.stride(),
         T,
@@ -187,7 +185,7 @@ def chunk_backward(
         *q.stride(),
         *k.stride(),
         *v.stride(),
-        *beta_strides,
+        *_strides(beta, 3),
         *_strides(cu_seqlens, 1),
         *dq.stride(),
         T,

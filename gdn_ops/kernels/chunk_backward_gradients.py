@@ -33,7 +33,7 @@ AXES = {
     "q": "bthk",
     "k": "bthk",
     "v": "bthv",
-    "beta": "bht",
+    "beta": "bth",
     "cu_seqlens": "n",
     "G": "chrt",
     "states": "chvk",
@@ -86,6 +86,7 @@ def chunk_gradients_kernel(
     stride_v_h,
     stride_v_v,
     stride_beta_b,
+    stride_beta_t,
     stride_beta_h,
     stride_cu_seqlens_n,
     stride_dq_b,
@@ -166,8 +167,8 @@ def chunk_gradients_kernel(
         b_decay, b_tail = decays_of_chunk(b_G, b_last)
         b_beta = m_t.to(tl.float32)
         if HAS_BETA:
-            p_beta = beta + i_b * stride_beta_b + i_hv * stride_beta_h + i_first
-            b_beta = tl.load(p_beta + o_i, m_t, 0.0)
+            p_beta = beta + i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
+            b_beta = tl.load(p_beta + o_i * stride_beta_t, m_t, 0.0).to(tl.float32)
         o_row = (i_b * T + i_first) * HV + i_hv
         p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
         p_S = states + (i_place.to(tl.int64) * HV + i_hv) * (V * K)

@@ -8,7 +8,8 @@ registers. It stores the state that enters each chunk, and ``u``.
 
 Tensors, beside those of the glossary and of chunk_prepare.py; what is made here is contiguous:
 
-    beta    [B, HV, T]          head-major as ``G``, float32
+    beta    [B, T, HV]          with USE_DESCRIPTORS float32, and the tokens of a head adjacent in
+                                rows of 16-byte multiples
     states  [places, HV, V, K]  state before each chunk, dtype of q; sequence n has the places from
                                 ``cu_seqlens[n] // BT + n`` on (``find_chunk``), a row of the batch
                                 ``cdiv(T, BT)``
@@ -26,7 +27,7 @@ from .output import store_output
 AXES = {
     "k": "bthk",
     "v": "bthv",
-    "beta": "bht",
+    "beta": "bth",
     "initial_state": "nhvk",
     "cu_seqlens": "n",
     "G": "chrt",
@@ -70,6 +71,7 @@ def chunk_replay_kernel(
     stride_v_h,
     stride_v_v,
     stride_beta_b,
+    stride_beta_t,
     stride_beta_h,
     stride_initial_state_n,
     stride_initial_state_h,
@@ -153,7 +155,7 @@ def chunk_replay_kernel(
         p_u = u + i_b * stride_u_b + i_first * stride_u_t + i_hv * stride_u_h
         d_u = tl.make_tensor_descriptor(p_u, [rows, V], [stride_u_t, 1], [BT, BV])
     if HAS_BETA:
-        p_beta += i_first
+        p_beta += i_first * stride_beta_t
     for i_t in range(tl.cdiv(length, BT)):
         i_row = tl.full((), i_t * BT, tl.int64)
         m_t = o_i < length - i_t * BT
@@ -181,7 +183,7 @@ def chunk_replay_kernel(
             p_t = p_G + i_row * (HV * ROWS) + o_i
             b_G = tl.load(p_t, m_t, 0.0)
             if HAS_BETA:
-                b_beta = tl.load(p_beta + i_row + o_i, m_t, 0.0)
+                b_beta = tl.load(p_beta + (i_row + o_i) * stride_beta_t, m_t, 0.0).to(tl.float32)
             if USE_QK_L2NORM:
                 b_Gk = tl.load(p_t + 2 * BT, m_t, 0.0)
             tl.store(p_states + i_row // BT * (HV * V * K) + o_state, b_Sd, m_state)

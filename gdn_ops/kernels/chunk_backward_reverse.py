@@ -30,7 +30,7 @@ AXES = {
     "dfinal_state": "nhvk",
     "q": "bthk",
     "k": "bthk",
-    "beta": "bht",
+    "beta": "bth",
     "cu_seqlens": "n",
     "G": "chrt",
     "inverse": "bthj",
@@ -71,6 +71,7 @@ def chunk_reverse_kernel(
     stride_k_h,
     stride_k_k,
     stride_beta_b,
+    stride_beta_t,
     stride_beta_h,
     stride_cu_seqlens_n,
     stride_dr_b,
@@ -151,7 +152,7 @@ def chunk_reverse_kernel(
         p_dr = dr + i_b * stride_dr_b + i_first * stride_dr_t + i_hv * stride_dr_h
         d_dr = tl.make_tensor_descriptor(p_dr, [rows, V], [stride_dr_t, 1], [BT, BV])
     if HAS_BETA:
-        p_beta += i_first
+        p_beta += i_first * stride_beta_t
     m_pairs = o_i[:, None] >= o_i[None, :]
     chunks = tl.cdiv(length, BT)
     for i_back in range(chunks):
@@ -186,7 +187,7 @@ def chunk_reverse_kernel(
             p_t = p_G + i_row * (HV * ROWS) + o_i
             b_G = tl.load(p_t, m_t, 0.0)
             if HAS_BETA:
-                b_beta = tl.load(p_beta + i_row + o_i, m_t, 0.0)
+                b_beta = tl.load(p_beta + (i_row + o_i) * stride_beta_t, m_t, 0.0).to(tl.float32)
             if USE_QK_L2NORM:
                 b_Gq = tl.load(p_t + BT, m_t, 0.0)
                 b_Gk = tl.load(p_t + 2 * BT, m_t, 0.0)

@@ -1,0 +1,266 @@
+"""``chunk_backward`` and ``recurrent_backward`` as four templates, one for each stage.
+
+They load through pointers: a template cannot know that an address is a multiple of 16 bytes, which
+tensor descriptors need.
+"""
+
+from typing import Any
+
+import torch
+
+from gdn_ops.kernels import chunk as chunk_kernels
+from gdn_ops.kernels import (
+    chunk_backward_gradients,
+    chunk_backward_replay,
+    chunk_backward_reverse,
+    chunk_prepare,
+)
+from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backward
+
+from . import _inductor
+from ._inductor import IRNode, Unsupported
+from .template import Config, KernelTemplate
+
+aten = torch.ops.aten
+
+_DOT = {
+    torch.float32: "tl.float32",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+
+
+@_inductor.symbolic_grid
+def grid_of_places(B: Any, T: Any, N: Any, H: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
+    chunks = cdiv(T, meta["BT"])
+    return ((chunks + N if meta["IS_VARLEN"] else chunks * B) * H, 1, 1)
+
+
+@_inductor.symbolic_grid
+def grid_of_states(N: Any, HV: Any, V: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
+    return (N * HV * cdiv(V, meta["BV"]), 1, 1)
+
+
+def _template(stage: str, module: Any, kernel: Any, grid: Any, *tile: str, output: str) -> Any:
+    name = f"gdn_chunk_backward_{stage}"
+    return KernelTemplate(name, kernel, grid, module.AXES, module.SIZES, tile, output)
+
+
+PREPARE = _template(
+    "prepare",
+    chunk_prepare,
+    chunk_prepare.prepare_kernel,
+    grid_of_places,
+    *("BT", "BT"),
+    output="inverse",
+)
+REPLAY = _template(
+    "replay",
+    chunk_backward_replay,
+    chunk_backward_replay.chunk_replay_kernel,
+    grid_of_states,
+    *("BT", "BV"),
+    output="u",
+)
+REVERSE = _template(
+    "reverse",
+    chunk_backward_reverse,
+    chunk_backward_reverse.chunk_reverse_kernel,
+    grid_of_states,
+    *("BT", "BV"),
+    output="dr",
+)
+GRADIENTS = _template(
+    "gradients",
+    chunk_backward_gradients,
+    chunk_backward_gradients.chunk_gradients_kernel,
+    grid_of_places,
+    *("BT", "BK"),
+    output="dq",
+)
+
+
+def supports(q: IRNode, g: IRNode | None) -> None:
+    """Raise for a call that the kernels cannot serve.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+    device = q.get_device()
+    if device is None or device.type != "cuda":
+        raise Unsupported(f"there are no kernels for {device}")
+    if q.get_dtype() == torch.float64:
+        raise Unsupported("the kernels compute in float32; pass q in a smaller dtype")
+    if g is not None and len(g.get_size()) == 4:
+        raise Unsupported("the chunk kernels have one decay per head; pass g as [B, T, HV]")
+
+
+def _lowered(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
+    """What Inductor makes of an operator of its own."""
+    # Torch's own table; _inductor is the one file that may import it.
+    return _inductor.lowerings[operator](*args, **keywords)  # type: ignore[attr-defined]
+
+
+def _contiguous(x: IRNode) -> IRNode:
+    """``x`` contiguous in memory, copied where it is not known to be."""
+    node = _inductor.realize(x)
+    expected = _inductor.contiguous_layout(x, x.get_size(), x.get_dtype()).stride
+    if all(_inductor.is_known(a == b) for a, b in zip(node.get_stride(), expected, strict=True)):
+        return node
+    return _inductor.realize(_lowered(aten.clone.default, x, memory_format=torch.contiguous_format))
+
+
+class _Call:
+    """The sizes, flags and buffers that the stages of one call share."""
+
+    def __init__(
+        self,
+        inputs: dict[str, IRNode | None],
+        scale: float | None,
+        use_qk_l2norm: bool,
+    ) -> None:
+        self.inputs = inputs
+        q, v, cu_seqlens = inputs["q"], inputs["v"], inputs["cu_seqlens"]
+        assert q is not None
+        assert v is not None
+        self.q, self.v = q, v
+        self.B, self.T = q.get_size()[:2]
+        sizes = (*q.get_size()[2:], *v.get_size()[2:])
+        self.H, self.K, self.HV, self.V = (_inductor.static_int(size) for size in sizes)
+        self.N = self.B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
+        self.tiles: BackwardTiles = pick_backward(self.K, self.V, q.get_dtype())
+        chunks = (self.T + self.tiles.BT - 1) // self.tiles.BT
+        self.places = chunks * self.B if cu_seqlens is None else chunks + self.N
+        self.scale = self.K**-0.5 if scale is None else scale
+        self.use_qk_l2norm = use_qk_l2norm
+        self.flags: dict[str, Any] = {
+            "H": self.H,
+            "HV": self.HV,
+            "K": self.K,
+            "HAS_BETA": inputs["beta"] is not None,
+            "IS_VARLEN": cu_seqlens is not None,
+            "USE_QK_L2NORM": use_qk_l2norm,
+            "DOT": _DOT[q.get_dtype()],
+            "PRECISION": repr(chunk_kernels.PRECISION),
+        }
+
+    def new(self, *size: Any, dtype: torch.dtype | None = None) -> IRNode:
+        return _inductor.new_buffer(self.q, list(size), dtype or self.q.get_dtype())
+
+    def named(self, *names: str, **others: IRNode | None) -> dict[str, IRNode | None]:
+        return {name: self.inputs[name] for name in names} | others
+
+    def token_layout(self, like: IRNode, *size: Any) -> Any:
+        return _inductor.contiguous_layout(like, [self.B, self.T, *size], like.get_dtype())
+
+    def prepare(self) -> dict[str, IRNode | None]:
+        """``G`` and ``inverse``."""
+        BT = self.tiles.BT
+        wide = torch.float64 if self.q.get_dtype() == torch.float32 else torch.float32
+        rows = 3 if self.use_qk_l2norm else 1
+        G = self.new(self.places, self.HV, rows, BT, dtype=wide)
+        warps, bounds = chunk_kernels.PREPARE_WARPS, chunk_kernels.PREPARE_BN
+        inverse = PREPARE.call(
+            self.named("q", "k", "g", "beta", "cu_seqlens", G=G),
+            self.token_layout(self.q, self.HV, BT),
+            [Config.of(warps, 1, BT=BT, BK=self.tiles.BK, BN=bounds)],
+            mutated=["G"],
+            call_sizes=[self.B, self.T, self.N, self.H],
+            HAS_G=self.inputs["g"] is not None,
+            IS_SCALED=False,
+            **self.flags,
+        )
+        return {"G": G, "inverse": _inductor.realize(inverse)}
+
+    def scan(
+        self,
+        template: KernelTemplate,
+        tensors: dict[str, Any],
+        mutated: list[str],
+        **constants: Any,
+    ) -> IRNode:
+        """One of the two stages that walk the chunks of a sequence."""
+        tiles = self.tiles
+        return _inductor.realize(
+            template.call(
+                tensors,
+                self.token_layout(self.v, self.HV, self.V),
+                [
+                    Config.of(
+                        tiles.warps_scan,
+                        tiles.stages_scan,
+                        BT=tiles.BT,
+                        BK=tiles.BK,
+                        BV=tiles.BV_SCAN,
+                    )
+                ],
+                mutated=mutated,
+                call_sizes=[self.N, self.HV, self.V],
+                V=self.V,
+                HAS_INITIAL_STATE=self.inputs["initial_state"] is not None,
+                USE_DESCRIPTORS=False,
+                USE_DESCRIPTOR_STORE=False,
+                **self.flags,
+                **constants,
+            )
+        )
+
+
+def lower(
+    do: IRNode,
+    dfinal_state: IRNode,
+    q: IRNode,
+    k: IRNode,
+    v: IRNode,
+    g: IRNode | None = None,
+    beta: IRNode | None = None,
+    initial_state: IRNode | None = None,
+    cu_seqlens: IRNode | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+) -> Any:
+    """``gdn::chunk_backward`` and ``gdn::recurrent_backward``."""
+    supports(q, g)
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
+    inputs |= {"dfinal_state": dfinal_state, "cu_seqlens": cu_seqlens}
+    inputs = {name: x and _inductor.realize(x) for name, x in inputs.items()}
+    inputs["do"] = _contiguous(do)
+    call = _Call(inputs, scale, use_qk_l2norm)
+    made = call.prepare()
+
+    states = call.new(call.places, call.HV, call.V, call.K)
+    names = ("k", "v", "beta", "initial_state", "cu_seqlens")
+    u = call.scan(REPLAY, call.named(*names, **made, states=states), ["states"])
+
+    dstates = call.new(call.places, call.HV, call.V, call.K)
+    written: dict[str, IRNode | None] = {"dstates": dstates, "dinitial_state": None}
+    if initial_state is not None:
+        size = (call.N, call.HV, call.V, call.K)
+        written["dinitial_state"] = call.new(*size, dtype=initial_state.get_dtype())
+    tensors = call.named(*("do", "dfinal_state", "q", "k", "beta", "cu_seqlens"), **made, **written)
+    mutated = [name for name, x in written.items() if x is not None]
+    dr = call.scan(REVERSE, tensors, mutated, scale=call.scale)
+
+    gradients: dict[str, IRNode | None] = {
+        "dk": call.new(*k.get_size()),
+        "dv": call.new(*v.get_size()),
+        "dg": g and call.new(*g.get_size(), dtype=torch.float32),
+        "dbeta": beta and call.new(*beta.get_size(), dtype=beta.get_dtype()),
+    }
+    shared = {"G": made["G"], "states": states, "dstates": dstates, "u": u, "dr": dr}
+    tiles = call.tiles
+    sizes = {"BT": tiles.BT, "BK": tiles.BK, "BV": tiles.BV_GRADIENTS, "BN": PLACE_BN}
+    dq = GRADIENTS.call(
+        call.named("do", "q", "k", "v", "beta", "cu_seqlens", **shared, **gradients),
+        call.token_layout(q, call.H, call.K),
+        [Config.of(tiles.warps_gradients, tiles.stages_gradients, **sizes)],
+        mutated=[name for name, x in gradients.items() if x is not None],
+        call_sizes=[call.B, call.T, call.N, call.H],
+        V=call.V,
+        HAS_G=g is not None,
+        scale=call.scale,
+        **call.flags,
+    )
+    rest = (*gradients.values(), written["dinitial_state"])
+    return dq, *(_inductor.as_result(call.new(0) if x is None else x) for x in rest)
