@@ -7,18 +7,19 @@ tensor descriptors need.
 from typing import Any
 
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from gdn_ops.kernels import chunk as chunk_kernels
 from gdn_ops.kernels import (
     chunk_backward_gradients,
     chunk_backward_replay,
     chunk_backward_reverse,
-    chunk_prepare,
 )
 from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backward
 
 from . import _inductor
-from ._inductor import IRNode, Unsupported
+from ._inductor import IRNode
+from .chunk import PREPARE, prepare_grid, supports
 from .template import Config, KernelTemplate
 
 aten = torch.ops.aten
@@ -31,14 +32,8 @@ _DOT = {
 
 
 @_inductor.symbolic_grid
-def grid_of_places(B: Any, T: Any, N: Any, H: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
-    chunks = cdiv(T, meta["BT"])
-    return ((chunks + N if meta["IS_VARLEN"] else chunks * B) * H, 1, 1)
-
-
-@_inductor.symbolic_grid
-def grid_of_states(N: Any, HV: Any, V: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
-    return (N * HV * cdiv(V, meta["BV"]), 1, 1)
+def grid(sequences: Any, value_heads: Any, V: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
+    return (sequences * value_heads * cdiv(V, meta["BV"]), 1, 1)
 
 
 def _template(stage: str, module: Any, kernel: Any, grid: Any, *tile: str, output: str) -> Any:
@@ -46,19 +41,11 @@ def _template(stage: str, module: Any, kernel: Any, grid: Any, *tile: str, outpu
     return KernelTemplate(name, kernel, grid, module.AXES, module.SIZES, tile, output)
 
 
-PREPARE = _template(
-    "prepare",
-    chunk_prepare,
-    chunk_prepare.prepare_kernel,
-    grid_of_places,
-    *("BT", "BT"),
-    output="inverse",
-)
 REPLAY = _template(
     "replay",
     chunk_backward_replay,
     chunk_backward_replay.chunk_replay_kernel,
-    grid_of_states,
+    grid,
     *("BT", "BV"),
     output="u",
 )
@@ -66,7 +53,7 @@ REVERSE = _template(
     "reverse",
     chunk_backward_reverse,
     chunk_backward_reverse.chunk_reverse_kernel,
-    grid_of_states,
+    grid,
     *("BT", "BV"),
     output="dr",
 )
@@ -74,25 +61,10 @@ GRADIENTS = _template(
     "gradients",
     chunk_backward_gradients,
     chunk_backward_gradients.chunk_gradients_kernel,
-    grid_of_places,
+    prepare_grid,
     *("BT", "BK"),
     output="dq",
 )
-
-
-def supports(q: IRNode, g: IRNode | None) -> None:
-    """Raise for a call that the kernels cannot serve.
-
-    Raises:
-        Unsupported: with the reason.
-    """
-    device = q.get_device()
-    if device is None or device.type != "cuda":
-        raise Unsupported(f"there are no kernels for {device}")
-    if q.get_dtype() == torch.float64:
-        raise Unsupported("the kernels compute in float32; pass q in a smaller dtype")
-    if g is not None and len(g.get_size()) == 4:
-        raise Unsupported("the chunk kernels have one decay per head; pass g as [B, T, HV]")
 
 
 def _lowered(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
@@ -129,7 +101,7 @@ class _Call:
         self.H, self.K, self.HV, self.V = (_inductor.static_int(size) for size in sizes)
         self.N = self.B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
         self.tiles: BackwardTiles = pick_backward(self.K, self.V, q.get_dtype())
-        chunks = (self.T + self.tiles.BT - 1) // self.tiles.BT
+        chunks = FloorDiv(self.T + self.tiles.BT - 1, self.tiles.BT)
         self.places = chunks * self.B if cu_seqlens is None else chunks + self.N
         self.scale = self.K**-0.5 if scale is None else scale
         self.use_qk_l2norm = use_qk_l2norm
@@ -165,7 +137,7 @@ class _Call:
             self.token_layout(self.q, self.HV, BT),
             [Config.of(warps, 1, BT=BT, BK=self.tiles.BK, BN=bounds)],
             mutated=["G"],
-            call_sizes=[self.B, self.T, self.N, self.H],
+            call_sizes=[self.places, self.H],
             HAS_G=self.inputs["g"] is not None,
             IS_SCALED=False,
             **self.flags,
@@ -256,7 +228,7 @@ def lower(
         call.token_layout(q, call.H, call.K),
         [Config.of(tiles.warps_gradients, tiles.stages_gradients, **sizes)],
         mutated=[name for name, x in gradients.items() if x is not None],
-        call_sizes=[call.B, call.T, call.N, call.H],
+        call_sizes=[call.places, call.H],
         V=call.V,
         HAS_G=g is not None,
         scale=call.scale,

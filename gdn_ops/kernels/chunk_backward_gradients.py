@@ -146,10 +146,10 @@ def chunk_gradients_kernel(
     ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
     if USE_QK_L2NORM:
         # Of the first value head: those of the others are the same.
-        p_G = G + (i_place.to(tl.int64) * HV + i_h * R) * (ROWS * BT) + o_i
-        b_G = tl.load(p_G, m_t, 0.0) * 1.4426950408889634
-        b_q_scale *= scale_of_rows(tl.load(p_G + BT, m_t, 0.0), b_G)
-        b_k_scale *= scale_of_rows(tl.load(p_G + 2 * BT, m_t, 0.0), b_G)
+        p_rows = G + (i_place.to(tl.int64) * HV + i_h * R) * (ROWS * BT) + o_i
+        b_row = tl.load(p_rows, m_t, 0.0) * 1.4426950408889634
+        b_q_scale *= scale_of_rows(tl.load(p_rows + BT, m_t, 0.0), b_row)
+        b_k_scale *= scale_of_rows(tl.load(p_rows + 2 * BT, m_t, 0.0), b_row)
     m_pairs = o_i[:, None] >= o_i[None, :]
     m_lower = o_i[:, None] > o_i[None, :]
 
