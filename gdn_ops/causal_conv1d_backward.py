@@ -175,5 +175,6 @@ def register_backward() -> None:
         "str? activation=None) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
         _reference,
         _fake,
+        kernels="causal_conv1d_backward",
     )
     register_gradient("causal_conv1d", _backward, _setup_context)

@@ -46,6 +46,11 @@ def eager_call(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> 
     return fallback_handler(operator, add_to_fallback_set=False)(*args, **keywords)
 
 
+def lowered(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
+    """What Inductor itself makes of an operator."""
+    return lowerings[operator](*args, **keywords)
+
+
 def realize(x: IRNode) -> IRNode:
     """``x`` in memory, its strides fixed; copied only where it is no view of anything in memory."""
     node = ir.ExternKernel.realize_input(x)
@@ -137,14 +142,14 @@ def select(
     return chosen[0] if isinstance(chosen, tuple) else chosen
 
 
-def _hints(sizes: Sequence[Any]) -> list[int]:
+def hints(sizes: Sequence[Any]) -> list[int]:
     return [V.graph.sizevars.optimization_hint(size, fallback=64) for size in sizes]
 
 
 def same_number(value: int) -> Callable[[IRNode], torch.Tensor]:
     """For timing: indices that are all ``value``."""
     return lambda x: torch.full(
-        _hints(x.get_size()), value, dtype=x.get_dtype(), device=x.get_device()
+        hints(x.get_size()), value, dtype=x.get_dtype(), device=x.get_device()
     )
 
 
@@ -152,7 +157,7 @@ def even_bounds(tokens: Any) -> Callable[[IRNode], torch.Tensor]:
     """For timing: packed sequences of one length."""
 
     def make(x: IRNode) -> torch.Tensor:
-        (count,), (end,) = _hints(x.get_size()), _hints([tokens])
+        (count,), (end,) = hints(x.get_size()), hints([tokens])
         return torch.linspace(0, end, count, device=x.get_device()).to(x.get_dtype())
 
     return make
@@ -162,8 +167,8 @@ def few_slots(count: Any) -> Callable[[IRNode], torch.Tensor]:
     """For timing: a pool of ``count`` slots with the strides of the caller's, never his own."""
 
     def make(x: IRNode) -> torch.Tensor:
-        size = _hints([count, *x.get_size()[1:]])
-        strides = _hints(x.get_stride())
+        size = hints([count, *x.get_size()[1:]])
+        strides = hints(x.get_stride())
         pool = torch.empty_strided(size, strides, dtype=x.get_dtype(), device=device(x))
         return pool.normal_()
 

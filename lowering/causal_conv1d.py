@@ -62,7 +62,7 @@ def _configs(
     T = x.get_size()[1]
     D, W = (_inductor.static_int(size) for size in weight.get_size())
     tokens, channels = x.get_stride()[1:]
-    hints = _inductor._hints([sequences, T])
+    hints = _inductor.hints([sequences, T])
     BT, BR, BD, warps = causal_conv1d_config(
         hints[0],
         hints[1],

@@ -31,13 +31,8 @@ def _channels_innermost(x: IRNode) -> IRNode:
     node = _inductor.realize(x)
     if _inductor.is_known(node.get_stride()[2] == 1):
         return node
-    return _inductor.realize(_lowered(aten.clone.default, x, memory_format=torch.contiguous_format))
-
-
-def _lowered(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
-    """What Inductor makes of an operator of its own."""
-    # Torch's own table; _inductor is the one file that may import it.
-    return _inductor.lowerings[operator](*args, **keywords)  # type: ignore[attr-defined]
+    copy = _inductor.lowered(aten.clone.default, x, memory_format=torch.contiguous_format)
+    return _inductor.realize(copy)
 
 
 def lower(
@@ -56,7 +51,7 @@ def lower(
     B, T, _ = x.get_size()
     D, W = (_inductor.static_int(size) for size in weight.get_size())
     N = B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
-    sequences, tokens = _inductor._hints([N, T])
+    sequences, tokens = _inductor.hints([N, T])
     is_varlen = cu_seqlens is not None
     BT, BR, BD, warps = causal_conv1d_backward_config(
         sequences, tokens, D, W, itemsize=x.get_dtype().itemsize, is_varlen=is_varlen
@@ -96,10 +91,14 @@ def lower(
 
 def _sums(dtaps: IRNode, W: int, weight: IRNode, bias: IRNode | None) -> tuple[Any, Any]:
     """``dweight [D, W]`` and ``dbias [D]``, if there is one, from ``dtaps [P, W + 1, D]``."""
-    taps = _lowered(aten.slice.Tensor, dtaps, 1, 0, W)
-    dweight = _lowered(aten.sum.dim_IntList, _lowered(aten.permute.default, taps, [0, 2, 1]), [0])
-    dweight = _lowered(prims.convert_element_type.default, dweight, weight.get_dtype())
+    taps = _inductor.lowered(aten.slice.Tensor, dtaps, 1, 0, W)
+    dweight = _inductor.lowered(
+        aten.sum.dim_IntList, _inductor.lowered(aten.permute.default, taps, [0, 2, 1]), [0]
+    )
+    dweight = _inductor.lowered(prims.convert_element_type.default, dweight, weight.get_dtype())
     if bias is None:
         return dweight, None
-    dbias = _lowered(aten.sum.dim_IntList, _lowered(aten.select.int, dtaps, 1, W), [0])
-    return dweight, _lowered(prims.convert_element_type.default, dbias, bias.get_dtype())
+    dbias = _inductor.lowered(
+        aten.sum.dim_IntList, _inductor.lowered(aten.select.int, dtaps, 1, W), [0]
+    )
+    return dweight, _inductor.lowered(prims.convert_element_type.default, dbias, bias.get_dtype())

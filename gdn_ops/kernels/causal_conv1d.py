@@ -24,6 +24,7 @@ from .causal_conv1d_tiles import (
     packed_tokens_of_program,
     tokens_of_program,
 )
+from .launch import launch, strides
 from .output import store_output
 
 AXES = {
@@ -246,11 +247,6 @@ def supports(x: Tensor, *_: object, **__: object) -> str | None:
     return None
 
 
-def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
-    """Strides of a tensor, zero where there is none."""
-    return (0,) * rank if x is None else x.stride()
-
-
 def _launch(
     x: Tensor,
     weight: Tensor,
@@ -282,26 +278,32 @@ def _launch(
         has_wide_state=final_state.stride(1) != 1,
     )
     blocks = N * triton.cdiv(T, BT) if cu_seqlens is None else T // BT + N + 1
-    causal_conv1d_kernel[(blocks * triton.cdiv(D, BD),)](
-        x,
-        weight,
-        bias,
-        state,
-        final_state,
-        state_indices,
-        num_accepted_tokens,
-        cu_seqlens,
-        y,
-        *x.stride(),
-        *weight.stride(),
-        *_strides(bias, 1),
-        *_strides(state, 3),
-        *final_state.stride(),
-        *_strides(state_indices, 1),
-        *_strides(num_accepted_tokens, 1),
-        *_strides(cu_seqlens, 1),
-        *y.stride(),
-        T,
+    launch(
+        causal_conv1d_kernel,
+        blocks * triton.cdiv(D, BD),
+        (
+            x,
+            weight,
+            bias,
+            state,
+            final_state,
+            state_indices,
+            num_accepted_tokens,
+            cu_seqlens,
+            y,
+        ),
+        (
+            *x.stride(),
+            *weight.stride(),
+            *strides(bias, 1),
+            *strides(state, 3),
+            *final_state.stride(),
+            *strides(state_indices, 1),
+            *strides(num_accepted_tokens, 1),
+            *strides(cu_seqlens, 1),
+            *y.stride(),
+            T,
+        ),
         null_index=null_index,
         D=D,
         W=W,

@@ -20,6 +20,7 @@ from .causal_conv1d_tiles import (
     packed_tokens_of_program,
     tokens_of_program,
 )
+from .launch import launch, strides
 from .output import store_output
 
 AXES = {
@@ -231,11 +232,6 @@ def supports(dy: Tensor, dfinal_state: Tensor, x: Tensor, *_: object, **__: obje
     return None
 
 
-def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
-    """Strides of a tensor, zero where there is none."""
-    return (0,) * rank if x is None else x.stride()
-
-
 def _channels_innermost(x: Tensor) -> Tensor:
     """The kernel reads whole rows of channels: with other strides a copy is cheaper."""
     return x if x.stride(2) == 1 else x.contiguous()
@@ -267,28 +263,34 @@ def causal_conv1d_backward(
     dstate = None
     if initial_state is not None:
         dstate = initial_state.new_empty(initial_state.shape)
-    causal_conv1d_backward_kernel[(blocks * triton.cdiv(D, BD),)](
-        dy,
-        dfinal_state,
-        x,
-        weight,
-        bias,
-        initial_state,
-        cu_seqlens,
-        dtaps,
-        dstate,
-        dx,
-        *dy.stride(),
-        *dfinal_state.stride(),
-        *x.stride(),
-        *weight.stride(),
-        *_strides(bias, 1),
-        *_strides(initial_state, 3),
-        *_strides(cu_seqlens, 1),
-        *dtaps.stride(),
-        *_strides(dstate, 3),
-        *dx.stride(),
-        T,
+    launch(
+        causal_conv1d_backward_kernel,
+        blocks * triton.cdiv(D, BD),
+        (
+            dy,
+            dfinal_state,
+            x,
+            weight,
+            bias,
+            initial_state,
+            cu_seqlens,
+            dtaps,
+            dstate,
+            dx,
+        ),
+        (
+            *dy.stride(),
+            *dfinal_state.stride(),
+            *x.stride(),
+            *weight.stride(),
+            *strides(bias, 1),
+            *strides(initial_state, 3),
+            *strides(cu_seqlens, 1),
+            *dtaps.stride(),
+            *strides(dstate, 3),
+            *dx.stride(),
+            T,
+        ),
         D=D,
         W=W,
         HAS_BIAS=bias is not None,

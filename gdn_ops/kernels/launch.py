@@ -19,9 +19,9 @@ def launch(
     programs: int,
     tensors: tuple[Tensor | None, ...],
     numbers: tuple[int, ...],
-    constants: dict[str, Any],
     num_warps: int,
     num_stages: int,
+    **constants: Any,
 ) -> None:
     """Launch ``kernel`` on a grid of ``programs``.
 
@@ -30,9 +30,9 @@ def launch(
         programs: Number of programs.
         tensors: Its first arguments; None where absent.
         numbers: The arguments after those: strides and sizes.
-        constants: The others, by name.
         num_warps: Warps of a program.
         num_stages: Stages of its loops' pipelines.
+        constants: The other arguments, by name.
     """
     kinds = tuple([x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors])
     device = torch.cuda.current_device() if torch.cuda.is_available() else -1

@@ -2,9 +2,9 @@
 
     S <- exp(g_t) S ;  u = beta_t (v_t - S k_t) ;  S <- S + u k_t^T ;  o_t = scale S q_t
 
-A program has rows ``BV`` of the V-major state of one sequence and value head in registers. It reads
-them once, walks the tokens of the sequence, and writes them once, or after each token into the slots
-of a table. Packed rows get one more sequence: the tokens of none, which are padding.
+A program has ``BV`` rows of the V-major state of one sequence and value head in registers. It reads
+them once, walks the tokens of the sequence, and writes them once, or after each token into the
+slots of a table. Packed rows get one more sequence: the tokens of none, which are padding.
 
 Traffic of a decode step: the state read and written, ``2 * V * K`` numbers per value head; all else
 is less than one percent of it.
@@ -266,30 +266,34 @@ def _launch(
         *o.stride(),
         T,
     )
-    constants = {
-        "scale": K**-0.5 if scale is None else scale,
-        "null_index": null_index,
-        "H": H,
-        "HV": HV,
-        "K": K,
-        "V": V,
-        "S": state_indices.shape[1] if state_indices is not None and is_table else 1,
-        "USE_QK_L2NORM": use_qk_l2norm,
-        "HAS_G": g is not None,
-        "HAS_G_PER_KEY": g is not None and g.dim() == 4,
-        "HAS_BETA": beta is not None,
-        "HAS_STATE": state is not None,
-        "IS_POOL": is_pool,
-        "HAS_INDICES": state_indices is not None,
-        "IS_TABLE": is_table,
-        "HAS_ACCEPTED": num_accepted_tokens is not None,
-        "HAS_READ_INDICES": read_indices is not None,
-        "IS_VARLEN": cu_seqlens is not None,
-        "BK": BK,
-        "BV": BV,
-    }
-    programs = N * HV * triton.cdiv(V, BV)
-    launch(recurrent_kernel, programs, tensors, numbers, constants, num_warps, 1)
+    launch(
+        recurrent_kernel,
+        N * HV * triton.cdiv(V, BV),
+        tensors,
+        numbers,
+        num_warps,
+        1,
+        scale=K**-0.5 if scale is None else scale,
+        null_index=null_index,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        S=state_indices.shape[1] if state_indices is not None and is_table else 1,
+        USE_QK_L2NORM=use_qk_l2norm,
+        HAS_G=g is not None,
+        HAS_G_PER_KEY=g is not None and g.dim() == 4,
+        HAS_BETA=beta is not None,
+        HAS_STATE=state is not None,
+        IS_POOL=is_pool,
+        HAS_INDICES=state_indices is not None,
+        IS_TABLE=is_table,
+        HAS_ACCEPTED=num_accepted_tokens is not None,
+        HAS_READ_INDICES=read_indices is not None,
+        IS_VARLEN=cu_seqlens is not None,
+        BK=BK,
+        BV=BV,
+    )
     return o
 
 

@@ -6,20 +6,11 @@ from generated import run
 from inputs import cu_seqlens, generator, indices, make_convolution
 
 import gdn_ops
-from lowering import causal_conv1d, causal_conv1d_backward, rules
 from lowering.fake_gpu import generate
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 D, W = 20, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lowered():
-    rules.RULES["causal_conv1d"] = causal_conv1d.lower
-    rules.RULES["causal_conv1d_"] = causal_conv1d.lower_
-    rules.RULES["causal_conv1d_backward"] = causal_conv1d_backward.lower
-    rules.register()
 
 
 def convolve(x, weight, bias, z, state=None, bounds=None):
