@@ -37,11 +37,12 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# Chunks of 128 tokens need 40 % more arithmetic, of 32 leave the tensor cores waiting. With these
-# tiles nothing of the scan's loop spills at K = 128 on sm_90, two programs share a multiprocessor,
-# and the shared memory fits every GPU since sm_80 and gfx942 (cross-compiled, Triton 3.6.0 and
-# 3.7.1, 2026-11-24). float32 is multiplied without tensor cores: its tiles are those that spill
-# least.
+# Chunks of 128 tokens need 40 % more arithmetic, of 32 leave the tensor cores waiting. At K = 128 on
+# sm_90 two programs share a multiprocessor at 2 stages, and the scan's loop spills at most one
+# register, but 26 with USE_QK_L2NORM where the output is stored through pointers; at K = 256 it
+# spills about 100. The shared memory fits every GPU since sm_80 and gfx942 (cross-compiled, Triton
+# 3.6.0 and 3.7.1, 2026-11-24). float32 is multiplied without tensor cores: its tiles are those that
+# spill least.
 def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Tiles:
     """Tiles for ``heads`` states of ``[V, K]`` on a GPU with ``processors`` multiprocessors."""
     BK = max(16, triton.next_power_of_2(K))
