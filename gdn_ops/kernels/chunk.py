@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# Chunks of 128 tokens need 40 % more arithmetic, of 32 leave the tensor cores waiting. At K = 128 on
+# Chunks of 128 tokens need 40 % more arithmetic, of 32 leave tensor cores waiting. At K = 128 on
 # sm_90 two programs share a multiprocessor at 2 stages, and the scan's loop spills at most one
 # register, but 26 with USE_QK_L2NORM where the output is stored through pointers; at K = 256 it
 # spills about 100. The shared memory fits every GPU since sm_80 and gfx942 (cross-compiled, Triton
