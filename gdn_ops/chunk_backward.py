@@ -165,7 +165,13 @@ def _fake(op: str) -> Callable[..., Gradients]:
 def register_backward(name: str) -> None:
     """Define ``torch.ops.gdn.<name>_backward``, the gradient of ``torch.ops.gdn.<name>``."""
     op = f"{name}_backward"
-    register_operator(name + _SCHEMA, _reference(op), _fake(op))
+    register_operator(
+        name + _SCHEMA,
+        _reference(op),
+        _fake(op),
+        kernels="chunk_backward",
+        function="chunk_backward",
+    )
 
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any

@@ -9,7 +9,15 @@ import torch
 
 import gdn_ops  # noqa: F401 it registers the operators
 
-from . import _inductor, cache_key, causal_conv1d, causal_conv1d_backward, recurrent
+from . import (
+    _inductor,
+    cache_key,
+    causal_conv1d,
+    causal_conv1d_backward,
+    chunk,
+    chunk_backward,
+    recurrent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +25,10 @@ RULES: dict[str, Callable[..., Any]] = {
     "causal_conv1d": causal_conv1d.lower,
     "causal_conv1d_": causal_conv1d.lower_,
     "causal_conv1d_backward": causal_conv1d_backward.lower,
+    "chunk": chunk.lower,
+    "chunk_": chunk.lower_,
+    "chunk_backward": chunk_backward.lower,
+    "recurrent_backward": chunk_backward.lower,
     "recurrent": recurrent.lower,
     "recurrent_": recurrent.lower_,
 }
