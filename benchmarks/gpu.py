@@ -35,7 +35,7 @@ class Row:
     state: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        dtype = str(self.state).removeprefix("torch.").replace("float", "fp")
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.state]
         return f"{self.name} {self.T}x{self.N} {dtype}"
 
 

@@ -3,7 +3,7 @@
 import oracle
 import torch
 from inputs import Shape, cu_seqlens, make_inputs, make_state
-from tolerance import assert_all_as_accurate_as_plain, witnesses
+from tolerance import assert_all_as_accurate_as_plain, operands_of, witnesses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -106,8 +106,9 @@ def shape_call(shape, dtype, device):
 
 
 def assert_equals_oracle(operator, call):
-    """``operator`` is as accurate as a plain float32 loop on the call ``(args, options)``."""
+    """``operator`` is as accurate as a plain loop on the call ``(args, options)``."""
     args, options = call
-    exact, plain = witnesses(oracle.delta_rule, *args, **options)
+    operands = operands_of(operator, args[0].dtype)
+    exact, plain = witnesses(oracle.delta_rule, *args, **options, operands=operands)
     actual = operator(*args, **options)
     assert_all_as_accurate_as_plain(actual, exact, plain, terms=args[0].shape[-1])

@@ -41,15 +41,22 @@ def _prepare(q, k, v, g, beta, scale, use_qk_l2norm, dtype):
     return q, k, v, decay, beta
 
 
-def _states(tokens, row, span, state):
-    """Yield the output of each token of one sequence, and the state after it, ``[HV, V, K]``."""
+def _states(tokens, row, span, state, operands):
+    """Yield the output of each token of one sequence, and the state after it, ``[HV, V, K]``.
+
+    ``operands`` is the dtype to which a product rounds its operands; None: to none.
+    """
+
+    def operand(x):
+        return x if operands is None else x.to(operands).to(x.dtype)
+
     q, k, v, decay, beta = (x[row, span] for x in tokens)
     for t in range(q.shape[0]):
         key = k[t][:, None, :]  # [HV, 1, K]
         state = decay[t][:, None, :] * state
-        delta = beta[t][:, None] * (v[t] - (state * key).sum(-1))  # [HV, V]
-        state = state + delta[:, :, None] * key
-        yield (state * q[t][:, None, :]).sum(-1), state
+        delta = beta[t][:, None] * (v[t] - (operand(state) * key).sum(-1))  # [HV, V]
+        state = state + operand(delta)[:, :, None] * key
+        yield (operand(state) * q[t][:, None, :]).sum(-1), state
 
 
 def _place(outputs, batch, tokens, width, dtype):
@@ -71,6 +78,7 @@ def delta_rule(
     *,
     scale=None,
     use_qk_l2norm=False,
+    operands=None,
     dtype=EXACT,
 ):
     """What ``chunk`` and ``recurrent`` compute: ``o``, ``final_state [N, HV, V, K]``."""
@@ -82,7 +90,9 @@ def delta_rule(
             state = torch.zeros(value_heads, value_size, q.shape[-1], dtype=dtype)
         else:
             state = initial_state[n].cpu().to(dtype)
-        for t, (output, after) in enumerate(_states(tokens, row, span, state), span.start):
+        for t, (output, after) in enumerate(
+            _states(tokens, row, span, state, operands), span.start
+        ):
             outputs[row, t] = output
             state = after
         finals.append(state)
@@ -106,6 +116,7 @@ def delta_rule_into_pool(
     scale=None,
     use_qk_l2norm=False,
     null_index=-1,
+    operands=None,
     dtype=EXACT,
 ):
     """What ``chunk_`` and ``recurrent_`` compute: the outputs, and the pool after them, a copy.
@@ -137,7 +148,7 @@ def delta_rule_into_pool(
         state = pool[read]
         if has_initial_state is not None and not has_initial_state[n]:
             state = torch.zeros_like(state)
-        for t, (output, after) in enumerate(_states(tokens, row, span, state)):
+        for t, (output, after) in enumerate(_states(tokens, row, span, state, operands)):
             outputs[row, span.start + t] = output
             if t in writes:
                 after_call[writes[t]] = after

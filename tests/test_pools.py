@@ -6,7 +6,12 @@ import oracle
 import pytest
 import torch
 from inputs import cu_seqlens, generator, indices, make_inputs, make_state, spread
-from tolerance import assert_as_accurate_as_plain, assert_bitwise_equal, witnesses
+from tolerance import (
+    assert_as_accurate_as_plain,
+    assert_bitwise_equal,
+    operands_of,
+    witnesses,
+)
 
 import gdn_ops
 
@@ -35,7 +40,10 @@ def _pool(device, dtype=torch.float32, slots=SLOTS):
 
 def _assert_updates_like_oracle(operator, tokens, pool, slots, **options):
     """Outputs and the whole pool: what is not written must be the same bits."""
-    exact, plain = witnesses(oracle.delta_rule_into_pool, *tokens, pool, slots, **options)
+    operands = operands_of(operator, tokens.q.dtype)
+    exact, plain = witnesses(
+        oracle.delta_rule_into_pool, *tokens, pool, slots, **options, operands=operands
+    )
     before = pool.clone()
     o = operator(*tokens, pool, slots, **options)
     assert_as_accurate_as_plain(o, exact[0], plain[0], terms=K, name="o")

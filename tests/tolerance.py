@@ -1,7 +1,8 @@
 """Tolerances that are derived, not chosen.
 
 The plain operator is the oracle's own token loop in float32, on the same inputs, rounded once to
-the dtype of the result. An operator may be off by at most twice the largest error of the plain
+the dtype of the result; where matrix products of 16-bit inputs are computed, with the operands of
+its products in that dtype. An operator may be off by at most twice the largest error of the plain
 operator, plus what no arithmetic can avoid:
 
 - half a unit in the last place of the result, because two results that differ by nothing worth
@@ -18,11 +19,31 @@ import torch
 ARITHMETIC = torch.float32
 
 
-def witnesses(function, *args, **kwargs):
-    """The exact results of an oracle's function, and those of the plain float32 operator."""
+def witnesses(function, *args, operands=None, **kwargs):
+    """The exact results of an oracle's function, and those of the plain float32 operator.
+
+    Args:
+        function: A function of ``oracle.py``.
+        args: Its arguments.
+        operands: The dtype that the plain operator's products take their operands in, where the
+            operator under test computes with matrix products: see ``operands_of``.
+        kwargs: Its options.
+    """
     exact = function(*args, **kwargs, dtype=torch.float64)
+    if operands is not None:
+        kwargs["operands"] = operands
     plain = function(*args, **kwargs, dtype=ARITHMETIC)
     return exact, plain
+
+
+def operands_of(operator, dtype):
+    """The dtype in which matrix products of ``operator`` may take their operands; None: exact.
+
+    ``chunk`` and the gradients multiply matrices, which in 16 bit have operands of 16 bit and sums
+    in float32, as tensor cores compute. ``recurrent`` has no need of them.
+    """
+    is_chunked = operator.__name__ in ("chunk", "chunk_")
+    return dtype if is_chunked and dtype.itemsize == 2 else None
 
 
 def bound(exact, plain, dtype, terms):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .chunk_prepare import prepare_kernel
 from .chunk_scan import scan_kernel
+from .launch import launch, strides
 
 
 def supports(
@@ -74,11 +75,6 @@ def features(index: int | None) -> tuple[int, bool]:
 _device = functools.cache(features)
 
 
-def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
-    """Strides of a tensor, zero for dimensions that it does not have."""
-    return (0,) * rank if x is None else x.stride()
-
-
 def _new_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for the descriptors that a kernel makes."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
@@ -121,21 +117,27 @@ def prepare(
     shape = (places, HV, 3 if use_qk_l2norm else 1, tiles.BT)
     G = torch.empty(shape, dtype=wide, device=k.device)
     inverse = torch.empty((B, T, HV, tiles.BT), dtype=k.dtype, device=k.device)
-    prepare_kernel[(places * H,)](
-        q,
-        k,
-        g,
-        beta,
-        cu_seqlens,
-        G,
-        inverse,
-        *q.stride(),
-        *k.stride(),
-        *_strides(g, 3),
-        *_strides(beta, 3),
-        *_strides(cu_seqlens, 1),
-        *inverse.stride(),
-        T,
+    launch(
+        prepare_kernel,
+        places * H,
+        (
+            q,
+            k,
+            g,
+            beta,
+            cu_seqlens,
+            G,
+            inverse,
+        ),
+        (
+            *q.stride(),
+            *k.stride(),
+            *strides(g, 3),
+            *strides(beta, 3),
+            *strides(cu_seqlens, 1),
+            *inverse.stride(),
+            T,
+        ),
         H=H,
         HV=HV,
         K=K,
@@ -184,30 +186,36 @@ def _launch(
     use_descriptors = has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
     if use_descriptors:
         triton.set_allocator(_new_scratch)
-    scan_kernel[(N * HV * triton.cdiv(V, tiles.BV),)](
-        q,
-        k,
-        v,
-        inverse,
-        G,
-        state,
-        final_state,
-        state_indices,
-        has_initial_state,
-        cu_seqlens,
-        read_indices,
-        o,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *_strides(state, 4),
-        *final_state.stride(),
-        *_strides(state_indices, 1),
-        *_strides(has_initial_state, 1),
-        *_strides(cu_seqlens, 1),
-        *_strides(read_indices, 1),
-        *o.stride(),
-        T,
+    launch(
+        scan_kernel,
+        N * HV * triton.cdiv(V, tiles.BV),
+        (
+            q,
+            k,
+            v,
+            inverse,
+            G,
+            state,
+            final_state,
+            state_indices,
+            has_initial_state,
+            cu_seqlens,
+            read_indices,
+            o,
+        ),
+        (
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *strides(state, 4),
+            *final_state.stride(),
+            *strides(state_indices, 1),
+            *strides(has_initial_state, 1),
+            *strides(cu_seqlens, 1),
+            *strides(read_indices, 1),
+            *o.stride(),
+            T,
+        ),
         scale=K**-0.5 if scale is None else scale,
         null_index=null_index,
         H=H,
