@@ -90,6 +90,11 @@ def device(x: IRNode) -> torch.device:
     return found
 
 
+def is_aligned(x: IRNode) -> bool:
+    """Whether the memory that ``x`` lies in starts at a multiple of 16 bytes."""
+    return storage_name(x) not in getattr(V.graph, "unaligned_buffers", ())
+
+
 def contiguous_layout(like: IRNode, size: Sequence[Any], dtype: torch.dtype) -> ir.Layout:
     strides = ir.FlexibleLayout.contiguous_strides(list(size))
     return ir.FixedLayout(device(like), dtype, list(size), strides)

@@ -64,12 +64,10 @@ def _fits_descriptor(x: IRNode) -> bool:
     size = x.get_dtype().itemsize
     *outer, inner = x.get_stride()
     at = [*outer, x.get_size()[3], x.get_layout().offset]
-    graph = _inductor.V.graph  # type: ignore[attr-defined]  # nothing else of Inductor is known here
-    unaligned = getattr(graph, "unaligned_buffers", ())
     return (
         _inductor.is_known(sympy.Eq(inner, 1))
         and all(_inductor.is_known(sympy.Eq(step * size % 16, 0)) for step in at)
-        and _inductor.storage_name(x) not in unaligned
+        and _inductor.is_aligned(x)
     )
 
 
@@ -94,7 +92,7 @@ def _call(
     sequences = B if cu_seqlens is None else cu_seqlens.get_size()[0]
     dtype = q.get_dtype()
     processors, has_descriptors = kernels.features(_inductor.device(q).index or 0)
-    heads = _inductor._hints([sequences])[0] * HV
+    heads = _inductor.hints([sequences])[0] * HV
     tiles = kernels.pick(K, V, dtype, heads, processors)
     sizes: dict[str, Any] = {"H": H, "HV": HV, "K": K}
     flags: dict[str, Any] = {"IS_VARLEN": cu_seqlens is not None, "USE_QK_L2NORM": use_qk_l2norm}
