@@ -10,6 +10,7 @@ Nothing is compiled to machine code and no data is read; ``lowering.sass`` does 
 
 import contextlib
 import copy
+import copyreg
 import ctypes
 import functools
 import hashlib
@@ -211,7 +212,8 @@ def generate(
 
     Of the inputs only shapes, strides and dtypes are read: tensors on the CPU or on ``meta`` will
     do. They, and the tensors of a module, of a bound method's object or of a
-    ``functools.partial``, become fake tensors on the GPU; tensors in a closure do not.
+    ``functools.partial``, become fake tensors on the GPU, and a ``torch.device`` in such an object
+    becomes the GPU; what is in a closure does not.
     ``torch._dynamo.mark_dynamic`` and ``mark_static_address`` are respected, and so is sharing of
     memory between tensors. Where a result requires a gradient, the backward is generated too.
 
@@ -366,6 +368,10 @@ def _move(tree: Any, origins: dict[Any, Tensor]) -> Any:
         return fake
 
     with (
+        # An object may keep beside its tensors the device that they are on, as caches do.
+        mock.patch.dict(
+            copyreg.dispatch_table, {torch.device: lambda _: (torch.device, (str(CUDA),))}
+        ),
         mock.patch.object(Tensor, "__deepcopy__", fake_copy),
         mock.patch.object(torch.nn.Parameter, "__deepcopy__", fake_copy),
     ):
