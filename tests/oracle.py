@@ -54,7 +54,8 @@ def _states(tokens, row, span, state, operands):
     for t in range(q.shape[0]):
         key = k[t][:, None, :]  # [HV, 1, K]
         state = decay[t][:, None, :] * state
-        delta = beta[t][:, None] * (v[t] - (operand(state) * key).sum(-1))  # [HV, V]
+        error = v[t] - (operand(state) * key).sum(-1)  # [HV, V]
+        delta = operand(beta[t])[:, None] * operand(error)
         state = state + operand(delta)[:, :, None] * key
         yield (operand(state) * q[t][:, None, :]).sum(-1), state
 

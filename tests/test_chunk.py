@@ -10,6 +10,7 @@ from tolerance import (
     assert_all_as_accurate_as_plain,
     assert_all_equal_up_to_rounding,
     assert_bitwise_equal,
+    operands_of,
     witnesses,
 )
 
@@ -46,7 +47,7 @@ def test_chunk_equals_the_chunked_function_of_hugging_face(T, given_state, use_q
 def test_chunks_equal_recurrence(T, dtype, kda, device):
     tokens = make_inputs(2, T, 2, 4, 32, 16, dtype, kda=kda, device=device)
     state = make_state(2, 4, 16, 32, device=device)
-    limits = witnesses(oracle.delta_rule, *tokens, state)
+    limits = witnesses(oracle.delta_rule, *tokens, state, operands=operands_of(chunk, dtype))
     actual, expected = chunk(*tokens, state), recurrent(*tokens, state)
     assert_all_equal_up_to_rounding(actual, expected, *limits, terms=32)
 

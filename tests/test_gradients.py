@@ -131,16 +131,14 @@ def test_gradients_match_finite_differences(operator):
 
 
 @operators
-def test_gradients_of_strided_inputs_and_stridedupstream_of(operator, device):
+def test_gradients_of_strided_inputs_and_strided_upstream(operator, device):
     tensors = (*_inputs(2, 35, device), _states(2, device))
-    expected = gradients_of(operator, tensors)
 
     def strided(*leaves):
         results = operator(*(x.movedim(1, -1).contiguous().movedim(-1, 1) for x in leaves))
         return tuple(x.movedim(1, -1).contiguous().movedim(-1, 1) for x in results)
 
-    for name, x, y in zip(NAMES, gradients_of(strided, tensors), expected, strict=True):
-        assert_bitwise_equal(x, y, f"d{name}")
+    _assert_delta_rule(strided, tensors)
 
 
 @operators

@@ -47,7 +47,8 @@ def test_a_compiled_step_leaves_the_same_state_as_an_eager_one(state_dtype, T):
     expected = layer(*tokens, pools[0], slots, accepted)
     actual = torch.compile(layer, fullgraph=True)(*tokens, pools[1], slots, accepted)
     assert_bitwise_equal(pools[1], pools[0], "pool")
-    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-5)
+    # Half a unit each: eager rounds silu(z), o and their product, a fused epilogue only the last.
+    torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
