@@ -24,6 +24,7 @@ from .causal_conv1d_tiles import (
     packed_tokens_of_program,
     tokens_of_program,
 )
+from .configs import cdiv, next_power_of_2
 from .launch import launch, strides
 from .output import store_output
 
@@ -277,10 +278,10 @@ def _launch(
         is_channel_major=x.stride(1) == 1 and x.stride(2) != 1,
         has_wide_state=final_state.stride(1) != 1,
     )
-    blocks = N * triton.cdiv(T, BT) if cu_seqlens is None else T // BT + N + 1
+    blocks = N * cdiv(T, BT) if cu_seqlens is None else T // BT + N + 1
     launch(
         causal_conv1d_kernel,
-        blocks * triton.cdiv(D, BD),
+        blocks * cdiv(D, BD),
         (
             x,
             weight,
@@ -319,7 +320,7 @@ def _launch(
         BT=BT,
         BR=BR,
         BD=BD,
-        BC=triton.next_power_of_2(final_state.shape[2] if is_verify else W - 1),
+        BC=next_power_of_2(final_state.shape[2] if is_verify else W - 1),
         num_warps=num_warps,
         num_stages=1,
     )

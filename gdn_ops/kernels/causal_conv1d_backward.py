@@ -20,6 +20,7 @@ from .causal_conv1d_tiles import (
     packed_tokens_of_program,
     tokens_of_program,
 )
+from .configs import cdiv
 from .launch import launch, strides
 from .output import store_output
 
@@ -257,7 +258,7 @@ def causal_conv1d_backward(
     BT, BR, BD, num_warps = causal_conv1d_backward_config(
         N, T, D, W, itemsize=x.dtype.itemsize, is_varlen=is_varlen
     )
-    blocks = T // BT + N + 1 if is_varlen else N * triton.cdiv(T, BT)
+    blocks = T // BT + N + 1 if is_varlen else N * cdiv(T, BT)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dtaps = x.new_empty((blocks, W + 1, D), dtype=torch.float32)
     dstate = None
@@ -265,7 +266,7 @@ def causal_conv1d_backward(
         dstate = initial_state.new_empty(initial_state.shape)
     launch(
         causal_conv1d_backward_kernel,
-        blocks * triton.cdiv(D, BD),
+        blocks * cdiv(D, BD),
         (
             dy,
             dfinal_state,

@@ -1,7 +1,11 @@
 """What the kernels of the convolution share: the tokens and the taps of a program, its tiles."""
 
+import functools
+
 import triton
 import triton.language as tl
+
+from .configs import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -53,6 +57,7 @@ def load_taps(weight, o_d, m_d, stride_weight_d, stride_weight_w, W: tl.constexp
     return taps
 
 
+@functools.cache
 def causal_conv1d_config(
     N: int,
     T: int,
@@ -80,15 +85,15 @@ def causal_conv1d_config(
         is_channel_major: Tokens are contiguous in ``x``, channels are not.
         has_wide_state: Channels are not contiguous in the states.
     """
-    L = triton.cdiv(T, N) if is_varlen else T
-    least = triton.next_power_of_2(W - 1) if is_varlen or T > 16 else 1
+    L = cdiv(T, N) if is_varlen else T
+    least = next_power_of_2(W - 1) if is_varlen or T > 16 else 1
     if is_channel_major and L >= 16:
         BT = max(32, least)
         return BT, BT, 32, 2
-    BT = max(min(triton.next_power_of_2(L), 16), least)
-    BD = min(64 if has_wide_state and L <= 4 else 512 // itemsize, triton.next_power_of_2(D))
+    BT = max(min(next_power_of_2(L), 16), least)
+    BD = min(64 if has_wide_state and L <= 4 else 512 // itemsize, next_power_of_2(D))
     # Fewer programs than this leave multiprocessors idle.
-    while BD > 64 and N * triton.cdiv(L, BT) * triton.cdiv(D, BD) < 512:
+    while BD > 64 and N * cdiv(L, BT) * cdiv(D, BD) < 512:
         BD //= 2
     return BT, 1, BD, 1
 
@@ -101,10 +106,10 @@ def causal_conv1d_backward_config(
     Each program leaves ``W + 1`` float32 numbers a channel, and does ``W - 1`` tokens that the next
     one does too: with 128 tokens both are a small part of the whole.
     """
-    L = triton.cdiv(T, N) if is_varlen else T
-    BR = max(8, triton.next_power_of_2(W - 1))
-    BD = min(256 // itemsize, triton.next_power_of_2(D))
-    steps = max(2, min(128, triton.next_power_of_2(L + W - 1)) // BR)
-    while steps > 2 and N * triton.cdiv(L, steps * BR) * triton.cdiv(D, BD) < 2048:
+    L = cdiv(T, N) if is_varlen else T
+    BR = max(8, next_power_of_2(W - 1))
+    BD = min(256 // itemsize, next_power_of_2(D))
+    steps = max(2, min(128, next_power_of_2(L + W - 1)) // BR)
+    while steps > 2 and N * cdiv(L, steps * BR) * cdiv(D, BD) < 2048:
         steps //= 2
     return steps * BR - (W - 1), BR, BD, 1

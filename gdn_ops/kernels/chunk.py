@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .chunk_prepare import prepare_kernel
 from .chunk_scan import scan_kernel
+from .configs import cdiv, next_power_of_2
 from .launch import launch, strides
 
 
@@ -44,16 +45,17 @@ class Tiles(NamedTuple):
 # spills about 100. The shared memory fits every GPU since sm_80 and gfx942 (cross-compiled, Triton
 # 3.6.0 and 3.7.1, 2026-11-24). float32 is multiplied without tensor cores: its tiles are those that
 # spill least.
+@functools.cache
 def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Tiles:
     """Tiles for ``heads`` states of ``[V, K]`` on a GPU with ``processors`` multiprocessors."""
-    BK = max(16, triton.next_power_of_2(K))
-    BV = min(64, max(16, triton.next_power_of_2(V)))
+    BK = max(16, next_power_of_2(K))
+    BV = min(64, max(16, next_power_of_2(V)))
     if dtype == torch.float32:
         return Tiles(32 if BK <= 128 else 16, BK, min(32, BV), 8, 1)
     if BK > 128:
         return Tiles(64, BK, BV, 4, 1)
     # A program that has a multiprocessor for itself has its memory too.
-    is_alone = heads * triton.cdiv(V, BV) <= processors
+    is_alone = heads * cdiv(V, BV) <= processors
     return Tiles(64, BK, BV, 4, 3 if is_alone else 2)
 
 
@@ -112,7 +114,7 @@ def prepare(
     """``G`` and ``inverse`` of ``prepare_kernel``."""
     B, T, H, K = k.shape
     wide = torch.float64 if k.dtype == torch.float32 else torch.float32
-    places = triton.cdiv(T, tiles.BT)
+    places = cdiv(T, tiles.BT)
     places = B * places if cu_seqlens is None else places + cu_seqlens.shape[0] - 1
     shape = (places, HV, 3 if use_qk_l2norm else 1, tiles.BT)
     G = torch.empty(shape, dtype=wide, device=k.device)
@@ -188,7 +190,7 @@ def _launch(
         triton.set_allocator(_new_scratch)
     launch(
         scan_kernel,
-        N * HV * triton.cdiv(V, tiles.BV),
+        N * HV * cdiv(V, tiles.BV),
         (
             q,
             k,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import recurrent_config
+from .configs import cdiv, next_power_of_2, recurrent_config
 from .launch import launch, strides
 from .norm import inverse_norm
 from .output import store_output
@@ -246,7 +246,7 @@ def _launch(
     HV, V = v.shape[2:]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     N = B if cu_seqlens is None else cu_seqlens.shape[0]  # packed: one more, the tokens of none
-    BK = triton.next_power_of_2(K)
+    BK = next_power_of_2(K)
     BV, num_warps = recurrent_config(K, V, final_state.dtype.itemsize)
     is_table = state_indices is not None and state_indices.dim() == 2
     slots = (state_indices, num_accepted_tokens, cu_seqlens, read_indices)
@@ -268,7 +268,7 @@ def _launch(
     )
     launch(
         recurrent_kernel,
-        N * HV * triton.cdiv(V, BV),
+        N * HV * cdiv(V, BV),
         tensors,
         numbers,
         num_warps,
