@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._sympy.functions import FloorDiv
+from triton import next_power_of_2
 
 from gdn_ops.kernels import chunk as chunk_kernels
 from gdn_ops.kernels import (
@@ -223,6 +224,7 @@ def lower(
     shared = {"G": made["G"], "states": states, "dstates": dstates, "u": u, "dr": dr}
     tiles = call.tiles
     sizes = {"BT": tiles.BT, "BK": tiles.BK, "BV": tiles.BV_GRADIENTS, "BN": PLACE_BN}
+    sizes["BR"] = next_power_of_2(call.HV // call.H)
     dq = GRADIENTS.call(
         call.named("do", "q", "k", "v", "beta", "cu_seqlens", **shared, **gradients),
         call.token_layout(q, call.H, call.K),

@@ -46,7 +46,7 @@ def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
         return BackwardTiles(32, BK, min(BV, 32), min(BV, 32), 4, 8, 1, 1)
     if BK > 128:
         return BackwardTiles(32, BK, min(BV, 64), min(BV, 32), 8, 8, 1, 1)
-    return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 1)
+    return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 2)
 
 
 def supports(
@@ -193,6 +193,7 @@ def chunk_backward(
         HAS_G=g is not None,
         **flags,
         BV=tiles.BV_GRADIENTS,
+        BR=triton.next_power_of_2(HV // H),
         BN=PLACE_BN,
         num_warps=tiles.warps_gradients,
         num_stages=tiles.stages_gradients,
