@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.utils._sympy.functions import FloorDiv
-from triton import next_power_of_2
 
 from gdn_ops.kernels import chunk as chunk_kernels
 from gdn_ops.kernels import (
@@ -16,7 +15,7 @@ from gdn_ops.kernels import (
     chunk_backward_replay,
     chunk_backward_reverse,
 )
-from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backward
+from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backward, rows_of_heads
 
 from . import _inductor
 from ._inductor import IRNode
@@ -224,7 +223,7 @@ def lower(
     shared = {"G": made["G"], "states": states, "dstates": dstates, "u": u, "dr": dr}
     tiles = call.tiles
     sizes = {"BT": tiles.BT, "BK": tiles.BK, "BV": tiles.BV_GRADIENTS, "BN": PLACE_BN}
-    sizes["BR"] = next_power_of_2(call.HV // call.H)
+    sizes["BR"] = rows_of_heads(call.H, call.HV)
     dq = GRADIENTS.call(
         call.named("do", "q", "k", "v", "beta", "cu_seqlens", **shared, **gradients),
         call.token_layout(q, call.H, call.K),

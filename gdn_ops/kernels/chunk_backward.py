@@ -49,6 +49,11 @@ def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
     return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 2)
 
 
+def rows_of_heads(H: int, HV: int) -> int:
+    """``BR`` of the third stage."""
+    return int(triton.next_power_of_2(HV // H))
+
+
 def supports(
     do: Tensor,
     dfinal_state: Tensor,
@@ -193,7 +198,7 @@ def chunk_backward(
         HAS_G=g is not None,
         **flags,
         BV=tiles.BV_GRADIENTS,
-        BR=triton.next_power_of_2(HV // H),
+        BR=rows_of_heads(H, HV),
         BN=PLACE_BN,
         num_warps=tiles.warps_gradients,
         num_stages=tiles.stages_gradients,
