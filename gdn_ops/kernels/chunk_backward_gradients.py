@@ -26,7 +26,6 @@ and key head ``2 BT K`` read and as much written. What a later walk reads again 
 import triton
 import triton.language as tl
 
-from .chunk_backward_replay import decays_of_chunk, scale_of_rows
 from .chunk_prepare import decay_between, find_chunk, load_bounds
 from .output import store_output
 
@@ -49,6 +48,19 @@ AXES = {
     "dq": "bthk",
 }
 SIZES = {"T": "q_t"}
+
+
+@triton.jit
+def decays_of_chunk(b_G, b_last):
+    """Decays of a chunk: from its start to each token, and from each token to its end."""
+    b_tail = tl.minimum(b_last - b_G, 0.0)
+    return tl.exp2(b_G.to(tl.float32)), tl.exp2(b_tail.to(tl.float32))
+
+
+@triton.jit
+def scale_of_rows(b_Gx, b_G):
+    """``x_scale`` from its row of ``G``; the other row is to base 2 already."""
+    return tl.exp2((b_Gx * 1.4426950408889634 - b_G).to(tl.float32))
 
 
 @triton.jit

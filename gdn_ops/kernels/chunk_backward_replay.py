@@ -39,16 +39,9 @@ SIZES = {"T": "k_t"}
 
 
 @triton.jit
-def decays_of_chunk(b_G, b_last):
-    """Decays of a chunk: from its start to each token, and from each token to its end."""
-    b_tail = tl.minimum(b_last - b_G, 0.0)
-    return tl.exp2(b_G.to(tl.float32)), tl.exp2(b_tail.to(tl.float32))
-
-
-@triton.jit
-def scale_of_rows(b_Gx, b_G):
-    """``x_scale`` from its row of ``G``; the other row is to base 2 already."""
-    return tl.exp2((b_Gx * 1.4426950408889634 - b_G).to(tl.float32))
+def load_row(d_x, p_x, i_x, o_i, m_t, USE_DESCRIPTORS: tl.constexpr):
+    """A number of each token of a chunk."""
+    return d_x.load([i_x]) if USE_DESCRIPTORS else tl.load(p_x + o_i, m_t, 0.0)
 
 
 @triton.jit
@@ -138,6 +131,8 @@ def chunk_replay_kernel(
         p_beta += i_b * stride_beta_b + i_hv * stride_beta_h
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = tl.maximum(length, 1)
+    i_token = i_first.to(tl.int32)
+    d_G, d_beta = None, None
     if USE_DESCRIPTORS:
         d_k = tl.make_tensor_descriptor(p_k, [rows, K], [stride_k_t, 1], [BT, BK])
         d_v = tl.make_tensor_descriptor(p_v, [rows, V], [stride_v_t, 1], [BT, BV])
@@ -146,10 +141,9 @@ def chunk_replay_kernel(
             p_states, [tl.cdiv(rows, BT), V, K], [HV * V * K, K, 1], [1, BV, BK]
         )
         places = tl.cdiv(rows, BT) * BT
-        # From the start of the row on, whose address is a multiple of 16 bytes.
-        i_token = i_first.to(tl.int32)
         d_G = tl.make_tensor_descriptor(p_G, [places * HV * ROWS], [1], [BT])
         if HAS_BETA:
+            # From the start of the row on, whose address is a multiple of 16 bytes.
             d_beta = tl.make_tensor_descriptor(p_beta, [i_token + rows], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_u = u + i_b * stride_u_b + i_first * stride_u_t + i_hv * stride_u_h
@@ -160,19 +154,15 @@ def chunk_replay_kernel(
         i_row = tl.full((), i_t * BT, tl.int64)
         m_t = o_i < length - i_t * BT
         m_v = m_t[:, None] & (o_v < V)[None, :]
+        # Transposed, [BV, BT]: the state and what comes of it stay in registers as left operands.
         b_Sd = b_S.to(DOT)
         if USE_DESCRIPTORS:
+            d_states.store([i_t, i_v * BV, 0], tl.reshape(b_Sd, (1, BV, BK)))
             b_k = d_k.load([i_t * BT, 0]).to(DOT)
             b_v = d_v.load([i_t * BT, i_v * BV])
             b_X = d_inverse.load([i_t * BT, 0]).to(DOT)
-            i_G = i_t * BT * HV * ROWS
-            b_G = d_G.load([i_G])
-            if HAS_BETA:
-                b_beta = d_beta.load([i_token + i_t * BT])
-            if USE_QK_L2NORM:
-                b_Gk = d_G.load([i_G + 2 * BT])
-            d_states.store([i_t, i_v * BV, 0], tl.reshape(b_Sd, (1, BV, BK)))
         else:
+            tl.store(p_states + i_row // BT * (HV * V * K) + o_state, b_Sd, m_state)
             m_k = m_t[:, None] & (o_k < K)[None, :]
             o_tk = o_i[:, None] * stride_k_t + o_k[None, :] * stride_k_k
             o_tv = o_i[:, None] * stride_v_t + o_v[None, :] * stride_v_v
@@ -180,29 +170,24 @@ def chunk_replay_kernel(
             b_k = tl.load(p_k + i_row * stride_k_t + o_tk, m_k, 0.0).to(DOT)
             b_v = tl.load(p_v + i_row * stride_v_t + o_tv, m_v, 0.0)
             b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
-            p_t = p_G + i_row * (HV * ROWS) + o_i
-            b_G = tl.load(p_t, m_t, 0.0)
-            if HAS_BETA:
-                b_beta = tl.load(p_beta + (i_row + o_i) * stride_beta_t, m_t, 0.0).to(tl.float32)
-            if USE_QK_L2NORM:
-                b_Gk = tl.load(p_t + 2 * BT, m_t, 0.0)
-            tl.store(p_states + i_row // BT * (HV * V * K) + o_state, b_Sd, m_state)
-        b_last = (
-            tl.load(p_G + i_row * (HV * ROWS) + tl.minimum(length - i_t * BT, BT) - 1)
-            * 1.4426950408889634
-        )
-        b_G *= 1.4426950408889634
-        b_decay, b_tail = decays_of_chunk(b_G, b_last)
-        if USE_QK_L2NORM:
-            b_k_scale = scale_of_rows(b_Gk, b_G)
-            b_decay *= b_k_scale
-            b_tail *= b_k_scale
-
-        # Transposed, [BV, BT]: the state and what comes of it stay in registers as left operands.
         b_r = tl.dot(b_Sd, tl.trans(b_k), input_precision=PRECISION)
-        b_r = tl.trans(b_v).to(tl.float32) - b_r * b_decay[None, :]
+
+        # A vector is read where it is used, since it takes as many registers as a tile. The norm of
+        # k is part of the log decays that end and start at its token.
+        i_G = i_t * BT * HV * ROWS
+        p_t = p_G + i_row * (HV * ROWS)
+        b_last = tl.load(p_t + tl.minimum(length - i_t * BT, BT) - 1) * 1.4426950408889634
+        b_G = load_row(d_G, p_t, i_G, o_i, m_t, USE_DESCRIPTORS) * 1.4426950408889634
+        b_Gk = b_G
+        if USE_QK_L2NORM:
+            b_Gk = load_row(d_G, p_t + 2 * BT, i_G + 2 * BT, o_i, m_t, USE_DESCRIPTORS)
+            b_Gk *= 1.4426950408889634
+            b_G = 2 * b_G - b_Gk
+        b_r = tl.trans(b_v).to(tl.float32) - b_r * tl.exp2(b_Gk.to(tl.float32))[None, :]
         if HAS_BETA:
-            b_r *= b_beta[None, :]
+            i_beta, p_bt = i_token + i_t * BT, p_beta + i_row * stride_beta_t
+            b_beta = load_row(d_beta, p_bt, i_beta, o_i * stride_beta_t, m_t, USE_DESCRIPTORS)
+            b_r *= b_beta.to(tl.float32)[None, :]
         b_u = tl.dot(b_r.to(DOT), tl.trans(b_X), input_precision=PRECISION)
         if USE_DESCRIPTOR_STORE:
             d_u.store([i_t * BT, i_v * BV], tl.trans(b_u).to(u.dtype.element_ty))
@@ -215,4 +200,5 @@ def chunk_replay_kernel(
                 m_v,
             )
         b_S *= tl.exp2(b_last.to(tl.float32))
-        b_S = tl.dot((b_u * b_tail[None, :]).to(DOT), b_k, b_S, input_precision=PRECISION)
+        b_u *= tl.exp2((b_last - b_G).to(tl.float32))[None, :]
+        b_S = tl.dot(b_u.to(DOT), b_k, b_S, input_precision=PRECISION)

@@ -21,7 +21,7 @@ Traffic of a chunk and value head, in numbers: ``BT (2 K + V + BT)`` read, ``K V
 import triton
 import triton.language as tl
 
-from .chunk_backward_replay import decays_of_chunk, scale_of_rows
+from .chunk_backward_replay import load_row
 from .chunk_prepare import decay_between, load_bounds
 from .output import store_output
 
@@ -134,6 +134,8 @@ def chunk_reverse_kernel(
         p_beta += i_b * stride_beta_b + i_hv * stride_beta_h
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = tl.maximum(length, 1)
+    i_token = i_first.to(tl.int32)
+    d_G, d_beta = None, None
     if USE_DESCRIPTORS:
         d_q = tl.make_tensor_descriptor(p_q, [rows, K], [stride_q_t, 1], [BT, BK])
         d_k = tl.make_tensor_descriptor(p_k, [rows, K], [stride_k_t, 1], [BT, BK])
@@ -143,10 +145,9 @@ def chunk_reverse_kernel(
             p_dstates, [tl.cdiv(rows, BT), V, K], [HV * V * K, K, 1], [1, BV, BK]
         )
         places = tl.cdiv(rows, BT) * BT
-        # From the start of the row on, whose address is a multiple of 16 bytes.
-        i_token = i_first.to(tl.int32)
         d_G = tl.make_tensor_descriptor(p_G, [places * HV * ROWS], [1], [BT])
         if HAS_BETA:
+            # From the start of the row on, whose address is a multiple of 16 bytes.
             d_beta = tl.make_tensor_descriptor(p_beta, [i_token + rows], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_dr = dr + i_b * stride_dr_b + i_first * stride_dr_t + i_hv * stride_dr_h
@@ -160,61 +161,48 @@ def chunk_reverse_kernel(
         i_row = tl.full((), i_t * BT, tl.int64)
         m_t = o_i < length - i_t * BT
         m_v = m_t[:, None] & (o_v < V)[None, :]
-        b_dSd = b_dS.to(DOT)
         if USE_DESCRIPTORS:
             b_q = d_q.load([i_t * BT, 0]).to(DOT)
             b_k = d_k.load([i_t * BT, 0]).to(DOT)
-            b_do = d_do.load([i_t * BT, i_v * BV])
-            b_X = d_inverse.load([i_t * BT, 0]).to(DOT)
-            i_G = i_t * BT * HV * ROWS
-            b_G = d_G.load([i_G])
-            if HAS_BETA:
-                b_beta = d_beta.load([i_token + i_t * BT])
-            if USE_QK_L2NORM:
-                b_Gq = d_G.load([i_G + BT])
-                b_Gk = d_G.load([i_G + 2 * BT])
-            d_dstates.store([i_t, i_v * BV, 0], tl.reshape(b_dSd, (1, BV, BK)))
         else:
             m_k = m_t[:, None] & (o_k < K)[None, :]
             o_tq = o_i[:, None] * stride_q_t + o_k[None, :] * stride_q_k
             o_tk = o_i[:, None] * stride_k_t + o_k[None, :] * stride_k_k
-            o_tv = o_i[:, None] * stride_do_t + o_v[None, :] * stride_do_v
-            o_tt = o_i[:, None] * (HV * BT) + o_i[None, :]
             b_q = tl.load(p_q + i_row * stride_q_t + o_tq, m_k, 0.0).to(DOT)
             b_k = tl.load(p_k + i_row * stride_k_t + o_tk, m_k, 0.0).to(DOT)
-            b_do = tl.load(p_do + i_row * stride_do_t + o_tv, m_v, 0.0)
-            b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
-            p_t = p_G + i_row * (HV * ROWS) + o_i
-            b_G = tl.load(p_t, m_t, 0.0)
-            if HAS_BETA:
-                b_beta = tl.load(p_beta + (i_row + o_i) * stride_beta_t, m_t, 0.0).to(tl.float32)
-            if USE_QK_L2NORM:
-                b_Gq = tl.load(p_t + BT, m_t, 0.0)
-                b_Gk = tl.load(p_t + 2 * BT, m_t, 0.0)
-            tl.store(p_dstates + i_row // BT * (HV * V * K) + o_state, b_dSd, m_state)
-        b_do = tl.trans(b_do).to(DOT)
-        b_G *= 1.4426950408889634
-        b_last = (
-            tl.load(p_G + i_row * (HV * ROWS) + tl.minimum(length - i_t * BT, BT) - 1)
-            * 1.4426950408889634
-        )
-        b_decay, b_tail = decays_of_chunk(b_G, b_last)
-        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs & m_t[:, None]) * scale
-        b_from_q = b_decay * scale
-        b_from_k = -b_decay
+        b_P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+
+        # A vector is read where it is used, since it takes as many registers as a tile. The norms
+        # of q and k are part of the log decays that end and start at their tokens.
+        i_G = i_t * BT * HV * ROWS
+        p_t = p_G + i_row * (HV * ROWS)
+        b_last = tl.load(p_t + tl.minimum(length - i_t * BT, BT) - 1) * 1.4426950408889634
+        b_G = load_row(d_G, p_t, i_G, o_i, m_t, USE_DESCRIPTORS) * 1.4426950408889634
+        b_Gq, b_Gk = b_G, b_G
         if USE_QK_L2NORM:
-            b_q_scale = scale_of_rows(b_Gq, b_G)
-            b_k_scale = scale_of_rows(b_Gk, b_G)
-            b_D *= b_q_scale[:, None] * b_k_scale[None, :]
-            b_from_q *= b_q_scale
-            b_from_k *= b_k_scale
-            b_tail *= b_k_scale
-        if HAS_BETA:
-            b_from_k *= b_beta
+            b_Gq = load_row(d_G, p_t + BT, i_G + BT, o_i, m_t, USE_DESCRIPTORS)
+            b_Gq *= 1.4426950408889634
+            b_Gk = load_row(d_G, p_t + 2 * BT, i_G + 2 * BT, o_i, m_t, USE_DESCRIPTORS)
+            b_Gk *= 1.4426950408889634
+            b_G = 2 * b_G - b_Gk
+        b_D = decay_between(b_Gq[:, None], b_G[None, :], m_pairs & m_t[:, None])
+        b_P = (b_P * b_D * scale).to(DOT)
 
         # Transposed, [BV, BT]: dS and what comes of it stay in registers as left operands.
-        b_P = (tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_D).to(DOT)
-        b_du = tl.dot(b_dSd, tl.trans(b_k), input_precision=PRECISION) * b_tail[None, :]
+        b_dSd = b_dS.to(DOT)
+        if USE_DESCRIPTORS:
+            d_dstates.store([i_t, i_v * BV, 0], tl.reshape(b_dSd, (1, BV, BK)))
+            b_do = d_do.load([i_t * BT, i_v * BV])
+            b_X = d_inverse.load([i_t * BT, 0]).to(DOT)
+        else:
+            tl.store(p_dstates + i_row // BT * (HV * V * K) + o_state, b_dSd, m_state)
+            o_tv = o_i[:, None] * stride_do_t + o_v[None, :] * stride_do_v
+            o_tt = o_i[:, None] * (HV * BT) + o_i[None, :]
+            b_do = tl.load(p_do + i_row * stride_do_t + o_tv, m_v, 0.0)
+            b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
+        b_do = tl.trans(b_do).to(DOT)
+        b_du = tl.dot(b_dSd, tl.trans(b_k), input_precision=PRECISION)
+        b_du *= tl.exp2((b_last - b_G).to(tl.float32))[None, :]
         b_du = tl.dot(b_do, b_P, b_du, input_precision=PRECISION)
         b_dr = tl.dot(b_du.to(DOT), b_X, input_precision=PRECISION)
         if USE_DESCRIPTOR_STORE:
@@ -227,11 +215,19 @@ def chunk_reverse_kernel(
                 tl.trans(b_dr),
                 m_v,
             )
+        b_from_k = -tl.exp2(b_Gk.to(tl.float32))
+        if HAS_BETA:
+            p_bt = p_beta + i_row * stride_beta_t
+            b_beta = load_row(
+                d_beta, p_bt, i_token + i_t * BT, o_i * stride_beta_t, m_t, USE_DESCRIPTORS
+            )
+            b_from_k *= b_beta.to(tl.float32)
+        b_dr = (b_dr * b_from_k[None, :]).to(DOT)
         b_dS *= tl.exp2(b_last.to(tl.float32))
+        b_dS = tl.dot(b_dr, b_k, b_dS, input_precision=PRECISION)
+        b_from_q = tl.exp2(b_Gq.to(tl.float32)) * scale
         b_do = (b_do.to(tl.float32) * b_from_q[None, :]).to(DOT)
         b_dS = tl.dot(b_do, b_q, b_dS, input_precision=PRECISION)
-        b_dr = (b_dr * b_from_k[None, :]).to(DOT)
-        b_dS = tl.dot(b_dr, b_k, b_dS, input_precision=PRECISION)
     if HAS_INITIAL_STATE:
         p_dS = dinitial_state + (tl.full((), i_n, tl.int64) * HV + i_hv) * (V * K) + o_state
         tl.store(p_dS, b_dS.to(dinitial_state.dtype.element_ty), m_state)
