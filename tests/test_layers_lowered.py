@@ -1,0 +1,287 @@
+"""What a Qwen3-Next layer becomes on sm_90: our templates, and what Inductor fuses itself.
+
+The lists are every launch and every library call of a graph, in order. They are pinned for one
+release of torch and of transformers; the laws around them hold for all.
+"""
+
+import functools
+
+import expecttest
+import pytest
+import torch
+from lowered_layers import (
+    block,
+    filled_cache,
+    hidden,
+    inventory,
+    kernels_on,
+    model_of,
+    pinned,
+    template_names,
+    verify,
+    verify_inputs,
+)
+from tiny_models import new_cache
+
+from gdn_ops.integrations.transformers import use_gdn_ops
+from lowering.fake_gpu import generate
+from lowering.generated import library_calls
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+PHASES = ("decode", "verify", "prefill", "prefill_new_cache", "prefill_after_prefix", "training")
+BF16 = torch.bfloat16
+
+
+@functools.cache
+def layer_in(phase, combo_kernels=False):
+    """The graphs of a decoder layer in a phase, and the states that it updates in place."""
+    model = model_of(BF16)
+    layer, states = model.model.layers[0], ()
+    step, options = functools.partial(block, layer), {"combo_kernels": combo_kernels}
+    with use_gdn_ops(), torch.set_grad_enabled(phase == "training"):
+        if phase == "decode":
+            cache, mode = filled_cache(model, 3), "reduce-overhead"
+            states = _states_of(cache)
+            inputs = (hidden(3, 1, dynamic=True), cache)
+        elif phase == "verify":
+            step, mode = functools.partial(verify, layer.linear_attn), "reduce-overhead"
+            pools = verify_inputs(layer.linear_attn, 3, 4)
+            states, inputs = pools[:2], (hidden(3, 4), *pools)
+            for x in (inputs[0], *pools[2:]):
+                torch._dynamo.mark_dynamic(x, 0)
+        else:
+            mode, inputs = None, (hidden(2, 70, dynamic=True),)
+        if phase == "prefill_new_cache":
+            inputs = (*inputs, new_cache("static", model, 512))
+        elif phase == "prefill_after_prefix":
+            cache = filled_cache(model, 2)
+            states, inputs = _states_of(cache), (*inputs, cache)
+        return generate(step, inputs, mode=mode, options=options), states
+
+
+def _states_of(cache):
+    """The convolution's and the recurrence's state, of any batch."""
+    layer = cache.layers[0]
+    states = layer.conv_states[0], layer.recurrent_states[0]
+    for state in states:
+        torch._dynamo.mark_dynamic(state, 0)
+    return states
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_operator_stays_an_opaque_call(phase):
+    """One graph, or two in training, and in them no call of an operator of this package."""
+    modules = layer_in(phase)[0]
+    phases = [module.phase for module in modules]
+    assert phases in (["inference"], ["forward", "backward"])
+    for module in modules:
+        assert not [name for name in library_calls(module.code) if "ops.gdn." in name]
+        assert template_names(module)
+
+
+@pytest.mark.parametrize("phase", ["decode", "verify"])
+def test_the_recurrence_touches_a_state_once_and_nothing_copies_it(phase):
+    (module,), (conv_state, state) = layer_in(phase)
+    assert kernels_on(module, conv_state) == ["gdn_causal_conv1d"]
+    assert kernels_on(module, state) == ["gdn_recurrent"]
+    assert "copy_(" not in module.code
+
+
+@pytest.mark.parametrize("phase", ["prefill_new_cache", "prefill_after_prefix"])
+def test_prefill_into_a_cache_touches_its_recurrent_state_once(phase):
+    (module,), _ = layer_in(phase)
+    _, state = _states_of(filled_cache(model_of(BF16), 2))
+    assert kernels_on(module, state) == ["gdn_chunk_scan"]
+
+
+@pytest.mark.parametrize("phase", ["decode", "verify"])
+def test_cuda_graphs_have_no_reason_to_skip(phase):
+    (module,) = layer_in(phase)[0]
+    assert module.cudagraph_skips == []
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_one_code_serves_every_batch_and_length(phase):
+    """``mark_dynamic`` refuses a size that the code depends on; the sizes are inputs."""
+    for module in layer_in(phase)[0]:
+        sizes = {x for x in module.inputs if isinstance(x, int)}
+        assert sizes >= ({3} if phase in ("decode", "verify") else {2, 70})
+
+
+@pinned
+def test_kernels_of_a_decode_step():
+    (module,) = layer_in("decode")[0]
+    expecttest.assert_expected_inline(inventory(module), """\
+reduction: pow mean add rsqrt mul
+extern_kernels.mm
+extern_kernels.mm
+pointwise: cat
+template: gdn_causal_conv1d
+pointwise: exp neg add softplus mul
+pointwise: sigmoid
+template: gdn_recurrent
+reduction: pow mean add rsqrt mul silu
+extern_kernels.mm
+reduction: add pow mean rsqrt mul
+extern_kernels.mm
+extern_kernels.mm
+pointwise: silu mul
+extern_kernels.mm
+pointwise: add""")
+
+
+@pinned
+def test_kernels_of_a_verify_step_without_norms_and_mlp():
+    (module,) = layer_in("verify")[0]
+    expecttest.assert_expected_inline(inventory(module), """\
+extern_kernels.mm
+extern_kernels.mm
+pointwise: cat
+template: gdn_causal_conv1d
+pointwise: exp neg add softplus mul
+pointwise: sigmoid
+template: gdn_recurrent
+reduction: pow mean add rsqrt mul silu
+extern_kernels.mm""")
+
+
+@pinned
+def test_kernels_of_prefill():
+    (module,) = layer_in("prefill")[0]
+    expecttest.assert_expected_inline(inventory(module), """\
+reduction: pow mean add rsqrt mul
+extern_kernels.mm
+extern_kernels.mm
+pointwise: cat
+template: gdn_causal_conv1d
+pointwise: exp neg add softplus mul
+pointwise: sigmoid
+template: gdn_chunk_prepare
+template: gdn_chunk_scan
+reduction: pow mean add rsqrt mul silu
+extern_kernels.mm
+reduction: add pow mean rsqrt mul
+extern_kernels.mm
+extern_kernels.mm
+pointwise: silu mul
+extern_kernels.mm
+pointwise: add""")
+
+
+@pinned
+def test_kernels_of_prefill_into_a_cache():
+    """One launch more, which keeps the last inputs of the convolution."""
+    (module,) = layer_in("prefill_new_cache")[0]
+    expecttest.assert_expected_inline(inventory(module), """\
+reduction: pow mean add rsqrt mul
+extern_kernels.mm
+pointwise: sigmoid
+pointwise: exp neg add softplus mul
+extern_kernels.mm
+pointwise: cat
+pointwise: cat zeros
+template: gdn_causal_conv1d
+template: gdn_chunk_prepare
+template: gdn_chunk_scan
+reduction: pow mean add rsqrt mul silu
+extern_kernels.mm
+reduction: add pow mean rsqrt mul
+extern_kernels.mm
+extern_kernels.mm
+pointwise: silu mul
+extern_kernels.mm
+pointwise: add""")
+
+
+@pinned
+def test_kernels_of_several_tokens_after_a_cached_prefix():
+    """Two launches more, which put the last inputs before the new ones; transformers does it so."""
+    (module,) = layer_in("prefill_after_prefix")[0]
+    expecttest.assert_expected_inline(inventory(module), """\
+pointwise: cat
+reduction: pow mean add rsqrt mul
+extern_kernels.mm
+pointwise: sigmoid
+pointwise: exp neg add softplus mul
+extern_kernels.mm
+pointwise: cat
+pointwise: slice copy copy_
+template: gdn_causal_conv1d
+template: gdn_chunk_prepare
+template: gdn_chunk_scan
+reduction: pow mean add rsqrt mul silu
+extern_kernels.mm
+reduction: add pow mean rsqrt mul
+extern_kernels.mm
+extern_kernels.mm
+pointwise: silu mul
+extern_kernels.mm
+pointwise: add""")
+
+
+@pinned
+def test_kernels_of_a_training_step():
+    forward, backward = layer_in("training")[0]
+    expecttest.assert_expected_inline(inventory(forward), """\
+reduction: pow mean add rsqrt mul
+extern_kernels.mm
+pointwise: sigmoid
+pointwise: exp neg add softplus mul
+extern_kernels.mm
+pointwise: _unsafe_view view split_with_sizes clone
+pointwise: cat
+template: gdn_causal_conv1d
+template: gdn_chunk_prepare
+template: gdn_chunk_scan
+reduction: pow mean add rsqrt mul silu
+extern_kernels.mm
+reduction: add pow mean rsqrt mul
+extern_kernels.mm
+extern_kernels.mm
+pointwise: silu mul
+extern_kernels.mm
+pointwise: add""")
+    expecttest.assert_expected_inline(inventory(backward), """\
+extern_kernels.mm
+extern_kernels.mm
+pointwise: silu mul sigmoid fill sub add
+extern_kernels.mm
+extern_kernels.mm
+extern_kernels.mm
+extern_kernels.mm
+reduction: add mul sum pow div
+extern_kernels.mm
+reduction: silu mul sum pow div add
+template: gdn_chunk_prepare
+template: gdn_chunk_backward_replay
+pointwise: zeros
+template: gdn_chunk_backward_reverse
+template: gdn_chunk_backward_gradients
+pointwise: exp neg mul add softplus_backward sigmoid_backward cat
+extern_kernels.mm
+pointwise: zeros
+pointwise: cat
+template: gdn_causal_conv1d_backward
+pointwise: mul sigmoid fill sub add cat
+extern_kernels.mm
+reduction: add mul sum
+reduction: add mul sum
+extern_kernels.mm
+reduction: mul silu sum
+reduction: mul silu sum
+reduction: exp neg mul add softplus sum softplus_backward
+reduction: exp add softplus mul sum neg
+reduction: exp neg mul add softplus_backward sum
+reduction: cat zeros gdn.causal_conv1d_backward
+extern_kernels.mm
+extern_kernels.mm
+reduction: add mul sum""")
+
+
+@pinned
+def test_combo_kernels_merge_what_prepares_the_operators():
+    """An option of Inductor: the concatenation and both gates in one launch instead of three."""
+    (module,) = layer_in("decode", combo_kernels=True)[0]
+    (plain,) = layer_in("decode")[0]
+    assert template_names(module) == template_names(plain)
+    assert len(module.launches) == len(plain.launches) - 2
