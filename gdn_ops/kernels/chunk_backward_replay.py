@@ -111,7 +111,7 @@ def chunk_replay_kernel(
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_state = (o_v < V)[:, None] & (o_k < K)[None, :]
-    o_state = o_v[:, None] * K + o_k[None, :]
+    o_state = o_v.to(tl.int64)[:, None] * K + o_k[None, :]
     b_S = tl.zeros((BV, BK), tl.float32)
     if HAS_INITIAL_STATE:
         p_S = initial_state + tl.full((), i_n, tl.int64) * stride_initial_state_n
@@ -152,7 +152,10 @@ def chunk_replay_kernel(
         p_beta += i_first * stride_beta_t
     for i_t in range(tl.cdiv(length, BT)):
         i_row = tl.full((), i_t * BT, tl.int64)
-        m_t = o_i < length - i_t * BT
+        # Addresses are made of it where they are used: kept from chunk to chunk, they would not fit
+        # the registers.
+        o_t = i_t * BT + o_i
+        m_t = o_t < length
         m_v = m_t[:, None] & (o_v < V)[None, :]
         # Transposed, [BV, BT]: the state and what comes of it stay in registers as left operands.
         b_Sd = b_S.to(DOT)
@@ -164,12 +167,12 @@ def chunk_replay_kernel(
         else:
             tl.store(p_states + i_row // BT * (HV * V * K) + o_state, b_Sd, m_state)
             m_k = m_t[:, None] & (o_k < K)[None, :]
-            o_tk = o_i[:, None] * stride_k_t + o_k[None, :] * stride_k_k
-            o_tv = o_i[:, None] * stride_v_t + o_v[None, :] * stride_v_v
-            o_tt = o_i[:, None] * (HV * BT) + o_i[None, :]
-            b_k = tl.load(p_k + i_row * stride_k_t + o_tk, m_k, 0.0).to(DOT)
-            b_v = tl.load(p_v + i_row * stride_v_t + o_tv, m_v, 0.0)
-            b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
+            o_tk = o_t.to(tl.int64)[:, None] * stride_k_t + o_k[None, :] * stride_k_k
+            o_tv = o_t.to(tl.int64)[:, None] * stride_v_t + o_v[None, :] * stride_v_v
+            o_tt = o_t.to(tl.int64)[:, None] * (HV * BT) + o_i[None, :]
+            b_k = tl.load(p_k + o_tk, m_k, 0.0).to(DOT)
+            b_v = tl.load(p_v + o_tv, m_v, 0.0)
+            b_X = tl.load(p_inverse + o_tt, m_t[:, None], 0.0).to(DOT)
         b_r = tl.dot(b_Sd, tl.trans(b_k), input_precision=PRECISION)
 
         # A vector is read where it is used, since it takes as many registers as a tile. The norm of
@@ -185,8 +188,10 @@ def chunk_replay_kernel(
             b_G = 2 * b_G - b_Gk
         b_r = tl.trans(b_v).to(tl.float32) - b_r * tl.exp2(b_Gk.to(tl.float32))[None, :]
         if HAS_BETA:
-            i_beta, p_bt = i_token + i_t * BT, p_beta + i_row * stride_beta_t
-            b_beta = load_row(d_beta, p_bt, i_beta, o_i * stride_beta_t, m_t, USE_DESCRIPTORS)
+            i_beta = i_token + i_t * BT
+            b_beta = load_row(
+                d_beta, p_beta, i_beta, o_t.to(tl.int64) * stride_beta_t, m_t, USE_DESCRIPTORS
+            )
             b_r *= b_beta.to(tl.float32)[None, :]
         b_u = tl.dot(b_r.to(DOT), tl.trans(b_X), input_precision=PRECISION)
         if USE_DESCRIPTOR_STORE:
@@ -194,7 +199,7 @@ def chunk_replay_kernel(
         else:
             store_output(
                 u,
-                (i_b, (i_first + i_row + o_i)[:, None], i_hv, o_v[None, :]),
+                (i_b, (i_token + o_t).to(tl.int64)[:, None], i_hv, o_v[None, :]),
                 (stride_u_b, stride_u_t, stride_u_h, stride_u_v),
                 tl.trans(b_u),
                 m_v,

@@ -115,7 +115,7 @@ def chunk_reverse_kernel(
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_state = (o_v < V)[:, None] & (o_k < K)[None, :]
-    o_state = o_v[:, None] * K + o_k[None, :]
+    o_state = o_v.to(tl.int64)[:, None] * K + o_k[None, :]
     p_dS = dfinal_state + tl.full((), i_n, tl.int64) * stride_dfinal_state_n
     p_dS += i_hv * stride_dfinal_state_h
     p_dS += o_v[:, None] * stride_dfinal_state_v + o_k[None, :] * stride_dfinal_state_k
@@ -159,17 +159,20 @@ def chunk_reverse_kernel(
     for i_back in range(chunks):
         i_t = chunks - 1 - i_back
         i_row = tl.full((), i_t * BT, tl.int64)
-        m_t = o_i < length - i_t * BT
+        # Addresses are made of it where they are used: kept from chunk to chunk, they would not fit
+        # the registers.
+        o_t = i_t * BT + o_i
+        m_t = o_t < length
         m_v = m_t[:, None] & (o_v < V)[None, :]
         if USE_DESCRIPTORS:
             b_q = d_q.load([i_t * BT, 0]).to(DOT)
             b_k = d_k.load([i_t * BT, 0]).to(DOT)
         else:
             m_k = m_t[:, None] & (o_k < K)[None, :]
-            o_tq = o_i[:, None] * stride_q_t + o_k[None, :] * stride_q_k
-            o_tk = o_i[:, None] * stride_k_t + o_k[None, :] * stride_k_k
-            b_q = tl.load(p_q + i_row * stride_q_t + o_tq, m_k, 0.0).to(DOT)
-            b_k = tl.load(p_k + i_row * stride_k_t + o_tk, m_k, 0.0).to(DOT)
+            o_tq = o_t.to(tl.int64)[:, None] * stride_q_t + o_k[None, :] * stride_q_k
+            o_tk = o_t.to(tl.int64)[:, None] * stride_k_t + o_k[None, :] * stride_k_k
+            b_q = tl.load(p_q + o_tq, m_k, 0.0).to(DOT)
+            b_k = tl.load(p_k + o_tk, m_k, 0.0).to(DOT)
         b_P = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
 
         # A vector is read where it is used, since it takes as many registers as a tile. The norms
@@ -196,11 +199,15 @@ def chunk_reverse_kernel(
             b_X = d_inverse.load([i_t * BT, 0]).to(DOT)
         else:
             tl.store(p_dstates + i_row // BT * (HV * V * K) + o_state, b_dSd, m_state)
-            o_tv = o_i[:, None] * stride_do_t + o_v[None, :] * stride_do_v
-            o_tt = o_i[:, None] * (HV * BT) + o_i[None, :]
-            b_do = tl.load(p_do + i_row * stride_do_t + o_tv, m_v, 0.0)
-            b_X = tl.load(p_inverse + i_row * (HV * BT) + o_tt, m_t[:, None], 0.0).to(DOT)
+            o_tv = o_t.to(tl.int64)[:, None] * stride_do_t + o_v[None, :] * stride_do_v
+            o_tt = o_t.to(tl.int64)[:, None] * (HV * BT) + o_i[None, :]
+            b_do = tl.load(p_do + o_tv, m_v, 0.0)
+            b_X = tl.load(p_inverse + o_tt, m_t[:, None], 0.0).to(DOT)
         b_do = tl.trans(b_do).to(DOT)
+        b_dS *= tl.exp2(b_last.to(tl.float32))
+        b_from_q = tl.exp2(b_Gq.to(tl.float32)) * scale
+        b_doq = (b_do.to(tl.float32) * b_from_q[None, :]).to(DOT)
+        b_dS = tl.dot(b_doq, b_q, b_dS, input_precision=PRECISION)
         b_du = tl.dot(b_dSd, tl.trans(b_k), input_precision=PRECISION)
         b_du *= tl.exp2((b_last - b_G).to(tl.float32))[None, :]
         b_du = tl.dot(b_do, b_P, b_du, input_precision=PRECISION)
@@ -210,24 +217,24 @@ def chunk_reverse_kernel(
         else:
             store_output(
                 dr,
-                (i_b, (i_first + i_row + o_i)[:, None], i_hv, o_v[None, :]),
+                (i_b, (i_token + o_t).to(tl.int64)[:, None], i_hv, o_v[None, :]),
                 (stride_dr_b, stride_dr_t, stride_dr_h, stride_dr_v),
                 tl.trans(b_dr),
                 m_v,
             )
         b_from_k = -tl.exp2(b_Gk.to(tl.float32))
         if HAS_BETA:
-            p_bt = p_beta + i_row * stride_beta_t
             b_beta = load_row(
-                d_beta, p_bt, i_token + i_t * BT, o_i * stride_beta_t, m_t, USE_DESCRIPTORS
+                d_beta,
+                p_beta,
+                i_token + i_t * BT,
+                o_t.to(tl.int64) * stride_beta_t,
+                m_t,
+                USE_DESCRIPTORS,
             )
             b_from_k *= b_beta.to(tl.float32)
         b_dr = (b_dr * b_from_k[None, :]).to(DOT)
-        b_dS *= tl.exp2(b_last.to(tl.float32))
         b_dS = tl.dot(b_dr, b_k, b_dS, input_precision=PRECISION)
-        b_from_q = tl.exp2(b_Gq.to(tl.float32)) * scale
-        b_do = (b_do.to(tl.float32) * b_from_q[None, :]).to(DOT)
-        b_dS = tl.dot(b_do, b_q, b_dS, input_precision=PRECISION)
     if HAS_INITIAL_STATE:
         p_dS = dinitial_state + (tl.full((), i_n, tl.int64) * HV + i_hv) * (V * K) + o_state
         tl.store(p_dS, b_dS.to(dinitial_state.dtype.element_ty), m_state)
