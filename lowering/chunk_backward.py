@@ -1,11 +1,8 @@
-"""``chunk_backward`` and ``recurrent_backward`` as four templates, one for each stage.
-
-They load through pointers: a template cannot know that an address is a multiple of 16 bytes, which
-tensor descriptors need.
-"""
+"""``chunk_backward`` and ``recurrent_backward`` as four templates, one for each stage."""
 
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]  # it has no stubs
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
@@ -19,10 +16,10 @@ from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backwar
 
 from . import _inductor
 from ._inductor import IRNode
-from .chunk import PREPARE, prepare_grid, supports
+from .chunk import PREPARE, _fits_descriptor, prepare_grid, supports
 from .template import Config, KernelTemplate
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 _DOT = {
     torch.float32: "tl.float32",
@@ -67,19 +64,39 @@ GRADIENTS = _template(
 )
 
 
-def _lowered(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
-    """What Inductor makes of an operator of its own."""
-    # Torch's own table; _inductor is the one file that may import it.
-    return _inductor.lowerings[operator](*args, **keywords)  # type: ignore[attr-defined]
-
-
 def _contiguous(x: IRNode) -> IRNode:
     """``x`` contiguous in memory, copied where it is not known to be."""
     node = _inductor.realize(x)
     expected = _inductor.contiguous_layout(x, x.get_size(), x.get_dtype()).stride
     if all(_inductor.is_known(a == b) for a, b in zip(node.get_stride(), expected, strict=True)):
         return node
-    return _inductor.realize(_lowered(aten.clone.default, x, memory_format=torch.contiguous_format))
+    return _inductor.realize(
+        _inductor.lowered(aten.clone.default, x, memory_format=torch.contiguous_format)
+    )
+
+
+def _head_major(beta: IRNode) -> IRNode:
+    """``beta`` in float32, the tokens of a head adjacent in rows of 16-byte multiples."""
+    T = beta.get_size()[1]
+    padding = [0, FloorDiv(T + 3, 4) * 4 - T]
+    rows = _inductor.lowered(prims.convert_element_type.default, beta, torch.float32)
+    rows = _inductor.lowered(aten.permute.default, rows, [0, 2, 1])
+    rows = _inductor.lowered(aten.constant_pad_nd.default, rows, padding, 0.0)
+    rows = _inductor.as_result(_contiguous(rows))
+    rows = _inductor.lowered(aten.slice.Tensor, rows, 2, 0, T)
+    return _inductor.realize(_inductor.lowered(aten.permute.default, rows, [0, 2, 1]))
+
+
+def _use_descriptors(*tensors: IRNode) -> bool:
+    """Whether tokens may be read by tensor descriptors."""
+    _, has_descriptors = chunk_kernels.features(_inductor.device(tensors[0]).index or 0)
+    steps = [step for x in tensors for step in x.get_stride()]
+    return (
+        has_descriptors
+        and tensors[0].get_dtype() != torch.float32
+        and not any(_inductor.is_known(sympy.Eq(step, 0)) for step in steps)
+        and all(_fits_descriptor(x) for x in tensors)
+    )
 
 
 class _Call:
@@ -105,6 +122,7 @@ class _Call:
         self.places = chunks * self.B if cu_seqlens is None else chunks + self.N
         self.scale = self.K**-0.5 if scale is None else scale
         self.use_qk_l2norm = use_qk_l2norm
+        self.use_descriptors = False
         self.flags: dict[str, Any] = {
             "H": self.H,
             "HV": self.HV,
@@ -170,7 +188,8 @@ class _Call:
                 call_sizes=[self.N, self.HV, self.V],
                 V=self.V,
                 HAS_INITIAL_STATE=self.inputs["initial_state"] is not None,
-                USE_DESCRIPTORS=False,
+                USE_DESCRIPTORS=self.use_descriptors,
+                # A template's output has no name to make a descriptor of.
                 USE_DESCRIPTOR_STORE=False,
                 **self.flags,
                 **constants,
@@ -202,6 +221,11 @@ def lower(
     made = call.prepare()
 
     states = call.new(call.places, call.HV, call.V, call.K)
+    call.use_descriptors = _use_descriptors(
+        *(x for x in call.named("q", "k", "v", "do", states=states).values() if x is not None)
+    )
+    if call.use_descriptors and beta is not None:
+        inputs["beta"] = _head_major(beta)
     names = ("k", "v", "beta", "initial_state", "cu_seqlens")
     u = call.scan(REPLAY, call.named(*names, **made, states=states), ["states"])
 
