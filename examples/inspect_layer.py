@@ -1,65 +1,50 @@
-"""A decode step of a Gated Delta Net layer of Qwen3-Next, to look at without a GPU.
+"""A Gated Delta Net layer of Qwen3-Next-80B-A3B, as transformers has it, to look at without a GPU.
 
     python -m lowering.inspect examples/inspect_layer.py:decode --mode reduce-overhead
+    python -m lowering.inspect examples/inspect_layer.py:prefill
+    python -m lowering.inspect examples/inspect_layer.py:train
 
-Sizes are those of Qwen3-Next-80B-A3B; tensors are on ``meta`` and take no memory.
+Tensors are on ``meta`` and take no memory.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import Qwen3NextConfig, StaticCache
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-import gdn_ops
+from gdn_ops.integrations.transformers import use_gdn_ops
 
-HIDDEN, H, HV, K, V, W = 2048, 16, 32, 128, 128, 4
-BATCH, SLOTS = 64, 256
+# The sizes of a Qwen3NextConfig are those of this model, unless others are asked for.
+CONFIG = Qwen3NextConfig(num_hidden_layers=1, layer_types=["linear_attention"])
 
-
-class GatedDeltaNet(nn.Module):
-    """Projections, convolution, gates, recurrence, norm: plain PyTorch around the operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        channels = 2 * H * K + HV * V
-        self.in_proj = nn.Linear(HIDDEN, channels + HV * V + 2 * HV, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(channels, W))
-        self.A_log = nn.Parameter(torch.empty(HV))
-        self.dt_bias = nn.Parameter(torch.empty(HV))
-        self.norm_weight = nn.Parameter(torch.empty(V))
-        self.out_proj = nn.Linear(HV * V, HIDDEN, bias=False)
-        # As buffers the pools have a fixed address, which CUDA graphs ask for.
-        self.register_buffer("conv_state", torch.empty(SLOTS, channels, W - 1))
-        self.register_buffer("state", torch.empty(SLOTS, HV, V, K))
-
-    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-        """One token of each request: ``x [B, 1, HIDDEN]``, its slot ``slots [B]``."""
-        B = x.shape[0]
-        sizes = [2 * H * K + HV * V, HV * V, HV, HV]
-        qkv, z, a, b = self.in_proj(x).split(sizes, -1)
-        qkv = gdn_ops.causal_conv1d_(
-            qkv, self.conv_weight, None, self.conv_state, slots, activation="silu"
-        )
-        q, k, v = qkv.split([H * K, H * K, HV * V], -1)
-        o = gdn_ops.recurrent_(
-            q.view(B, 1, H, K),
-            k.view(B, 1, H, K),
-            v.view(B, 1, HV, V),
-            gdn_ops.gdn_gate(a, self.A_log, self.dt_bias),
-            b.sigmoid(),
-            self.state,
-            slots,
-            use_qk_l2norm=True,
-        )
-        o = gdn_ops.rms_norm_gated(o, z.view(B, 1, HV, V), self.norm_weight)
-        return self.out_proj(o.flatten(2))
+Call = tuple[nn.Module, tuple[Any, ...]]
 
 
-def decode() -> tuple[nn.Module, tuple[Any, ...]]:
-    """The layer and a batch, for ``lowering.inspect``."""
+def decode(batch: int = 64) -> Call:
+    """One token of each request, after a prompt that is in a cache."""
+    layer, prompt = layer_and_input(batch, 8)
+    layer.requires_grad_(False)
+    cache = StaticCache(config=CONFIG, max_cache_len=128)
+    layer(prompt, cache)
+    return layer, (prompt[:, :1].contiguous(), cache)
+
+
+def prefill(batch: int = 1, tokens: int = 4096) -> Call:
+    """A prompt, into a new cache."""
+    layer, prompt = layer_and_input(batch, tokens)
+    return layer.requires_grad_(False), (prompt, StaticCache(config=CONFIG, max_cache_len=tokens))
+
+
+def train(batch: int = 2, tokens: int = 2048) -> Call:
+    """Forward and backward."""
+    layer, text = layer_and_input(batch, tokens)
+    return layer, (text,)
+
+
+def layer_and_input(batch: int, tokens: int) -> tuple[nn.Module, torch.Tensor]:
+    use_gdn_ops()  # until the process ends
     with torch.device("meta"):
-        layer = GatedDeltaNet().bfloat16().requires_grad_(False)
-        layer.state = layer.state.float()  # the recurrence accumulates in it
-        x = torch.empty(BATCH, 1, HIDDEN, dtype=torch.bfloat16)
-        slots = torch.empty(BATCH, dtype=torch.int32)
-    return layer, (x, slots)
+        layer = Qwen3NextGatedDeltaNet(CONFIG, layer_idx=0).bfloat16()
+        return layer, torch.empty(batch, tokens, CONFIG.hidden_size, dtype=torch.bfloat16)

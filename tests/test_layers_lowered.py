@@ -5,6 +5,8 @@ release of torch and of transformers; the laws around them hold for all.
 """
 
 import functools
+import importlib
+from pathlib import Path
 
 import expecttest
 import pytest
@@ -111,7 +113,9 @@ def test_one_code_serves_every_batch_and_length(phase):
 @pinned
 def test_kernels_of_a_decode_step():
     (module,) = layer_in("decode")[0]
-    expecttest.assert_expected_inline(inventory(module), """\
+    expecttest.assert_expected_inline(
+        inventory(module),
+        """\
 reduction: pow mean add rsqrt mul
 extern_kernels.mm
 extern_kernels.mm
@@ -127,13 +131,16 @@ extern_kernels.mm
 extern_kernels.mm
 pointwise: silu mul
 extern_kernels.mm
-pointwise: add""")
+pointwise: add""",
+    )
 
 
 @pinned
 def test_kernels_of_a_verify_step_without_norms_and_mlp():
     (module,) = layer_in("verify")[0]
-    expecttest.assert_expected_inline(inventory(module), """\
+    expecttest.assert_expected_inline(
+        inventory(module),
+        """\
 extern_kernels.mm
 extern_kernels.mm
 pointwise: cat
@@ -142,13 +149,16 @@ pointwise: exp neg add softplus mul
 pointwise: sigmoid
 template: gdn_recurrent
 reduction: pow mean add rsqrt mul silu
-extern_kernels.mm""")
+extern_kernels.mm""",
+    )
 
 
 @pinned
 def test_kernels_of_prefill():
     (module,) = layer_in("prefill")[0]
-    expecttest.assert_expected_inline(inventory(module), """\
+    expecttest.assert_expected_inline(
+        inventory(module),
+        """\
 reduction: pow mean add rsqrt mul
 extern_kernels.mm
 extern_kernels.mm
@@ -165,14 +175,17 @@ extern_kernels.mm
 extern_kernels.mm
 pointwise: silu mul
 extern_kernels.mm
-pointwise: add""")
+pointwise: add""",
+    )
 
 
 @pinned
 def test_kernels_of_prefill_into_a_cache():
     """One launch more, which keeps the last inputs of the convolution."""
     (module,) = layer_in("prefill_new_cache")[0]
-    expecttest.assert_expected_inline(inventory(module), """\
+    expecttest.assert_expected_inline(
+        inventory(module),
+        """\
 reduction: pow mean add rsqrt mul
 extern_kernels.mm
 pointwise: sigmoid
@@ -190,14 +203,17 @@ extern_kernels.mm
 extern_kernels.mm
 pointwise: silu mul
 extern_kernels.mm
-pointwise: add""")
+pointwise: add""",
+    )
 
 
 @pinned
 def test_kernels_of_several_tokens_after_a_cached_prefix():
     """Two launches more, which put the last inputs before the new ones; transformers does it so."""
     (module,) = layer_in("prefill_after_prefix")[0]
-    expecttest.assert_expected_inline(inventory(module), """\
+    expecttest.assert_expected_inline(
+        inventory(module),
+        """\
 pointwise: cat
 reduction: pow mean add rsqrt mul
 extern_kernels.mm
@@ -216,13 +232,16 @@ extern_kernels.mm
 extern_kernels.mm
 pointwise: silu mul
 extern_kernels.mm
-pointwise: add""")
+pointwise: add""",
+    )
 
 
 @pinned
 def test_kernels_of_a_training_step():
     forward, backward = layer_in("training")[0]
-    expecttest.assert_expected_inline(inventory(forward), """\
+    expecttest.assert_expected_inline(
+        inventory(forward),
+        """\
 reduction: pow mean add rsqrt mul
 extern_kernels.mm
 pointwise: sigmoid
@@ -240,8 +259,11 @@ extern_kernels.mm
 extern_kernels.mm
 pointwise: silu mul
 extern_kernels.mm
-pointwise: add""")
-    expecttest.assert_expected_inline(inventory(backward), """\
+pointwise: add""",
+    )
+    expecttest.assert_expected_inline(
+        inventory(backward),
+        """\
 extern_kernels.mm
 extern_kernels.mm
 pointwise: silu mul sigmoid fill sub add
@@ -253,6 +275,7 @@ reduction: add mul sum pow div
 extern_kernels.mm
 reduction: silu mul sum pow div add
 template: gdn_chunk_prepare
+pointwise: zeros gdn.chunk_backward
 template: gdn_chunk_backward_replay
 pointwise: zeros
 template: gdn_chunk_backward_reverse
@@ -275,7 +298,8 @@ reduction: exp neg mul add softplus_backward sum
 reduction: cat zeros gdn.causal_conv1d_backward
 extern_kernels.mm
 extern_kernels.mm
-reduction: add mul sum""")
+reduction: add mul sum""",
+    )
 
 
 @pinned
@@ -285,3 +309,16 @@ def test_combo_kernels_merge_what_prepares_the_operators():
     (plain,) = layer_in("decode")[0]
     assert template_names(module) == template_names(plain)
     assert len(module.launches) == len(plain.launches) - 2
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
+def test_the_layer_to_inspect_has_the_kernels_of_these_lists(phase, monkeypatch):
+    """At the sizes of Qwen3-Next-80B-A3B, on meta, by the example's own call."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    example = importlib.import_module("inspect_layer")
+    with use_gdn_ops():
+        modules = generate(*getattr(example, phase)(), mode="reduce-overhead")
+    ours = layer_in({"train": "training", "prefill": "prefill_new_cache"}.get(phase, phase))[0]
+    assert [template_names(m) for m in modules] == [template_names(m) for m in ours]
+    if phase == "decode":
+        assert modules[0].cudagraph_skips == []

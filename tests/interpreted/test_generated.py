@@ -1,9 +1,5 @@
 """What Inductor generates for a GPU computes what eager PyTorch computes."""
 
-import copy
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 from generated import run
@@ -74,22 +70,3 @@ def test_a_generated_backward_computes_the_gradients_of_eager():
     for exact in torch.autograd.grad(expected, list(layer.parameters()), dy):
         same_shape = [g for g in gradients if g.shape == exact.shape]
         assert any(torch.allclose(g, exact, atol=1e-5) for g in same_shape)
-
-
-def test_a_decode_step_of_a_layer_is_one_graph_that_computes_what_eager_computes(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    example = importlib.import_module("inspect_layer")
-    for name, size in {"HIDDEN": 32, "H": 2, "HV": 4, "K": 16, "V": 16, "SLOTS": 5}.items():
-        monkeypatch.setattr(example, name, size)
-    layer = example.GatedDeltaNet().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        tensor.normal_(0, 0.3, generator=generator)
-    twin = copy.deepcopy(layer)
-    x, slots = _random(3, 1, 32), torch.tensor([4, 2, 0], dtype=torch.int32)
-
-    (module,) = generate(layer, (x, slots), mode="reduce-overhead")
-    assert module.cudagraph_skips == []
-    _assert_close(run(module.code, module.inputs), (twin(x, slots),))
-    torch.testing.assert_close(layer.state, twin.state)
-    torch.testing.assert_close(layer.conv_state, twin.conv_state)
