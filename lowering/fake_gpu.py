@@ -97,6 +97,8 @@ def _patches(gpu: Arch) -> list[tuple[Any, dict[str, Any]]]:
     module["get_device_capability"] = lambda device=None: (gpu.major, gpu.minor)
     module["get_device_name"] = lambda device=None: gpu.device
     module["_lazy_init"] = lambda: None
+    # torch 2.14 asks before it traces a frame, of the driver.
+    module["is_current_stream_capturing"] = lambda: False
     module["get_rng_state"] = lambda device=None: torch.empty(16, dtype=torch.uint8)
     module["set_rng_state"] = lambda state, device=None: None
     return [
