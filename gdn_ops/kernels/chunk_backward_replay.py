@@ -142,8 +142,9 @@ def chunk_replay_kernel(
         )
         places = tl.cdiv(rows, BT) * BT
         d_G = tl.make_tensor_descriptor(p_G, [places * HV * ROWS], [1], [BT])
-        if HAS_BETA:
-            # From the start of the row on, whose address is a multiple of 16 bytes.
+        # A row of numbers is read from a multiple of 16 bytes on only: others are an illegal
+        # instruction on sm_90, and packed sequences start anywhere.
+        if HAS_BETA and not IS_VARLEN:
             d_beta = tl.make_tensor_descriptor(p_beta, [i_token + rows], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_u = u + i_b * stride_u_b + i_first * stride_u_t + i_hv * stride_u_h
@@ -190,7 +191,12 @@ def chunk_replay_kernel(
         if HAS_BETA:
             i_beta = i_token + i_t * BT
             b_beta = load_row(
-                d_beta, p_beta, i_beta, o_t.to(tl.int64) * stride_beta_t, m_t, USE_DESCRIPTORS
+                d_beta,
+                p_beta,
+                i_beta,
+                o_t.to(tl.int64) * stride_beta_t,
+                m_t,
+                USE_DESCRIPTORS and not IS_VARLEN,
             )
             b_r *= b_beta.to(tl.float32)[None, :]
         b_u = tl.dot(b_r.to(DOT), tl.trans(b_X), input_precision=PRECISION)

@@ -146,8 +146,9 @@ def chunk_reverse_kernel(
         )
         places = tl.cdiv(rows, BT) * BT
         d_G = tl.make_tensor_descriptor(p_G, [places * HV * ROWS], [1], [BT])
-        if HAS_BETA:
-            # From the start of the row on, whose address is a multiple of 16 bytes.
+        # A row of numbers is read from a multiple of 16 bytes on only: others are an illegal
+        # instruction on sm_90, and packed sequences start anywhere.
+        if HAS_BETA and not IS_VARLEN:
             d_beta = tl.make_tensor_descriptor(p_beta, [i_token + rows], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_dr = dr + i_b * stride_dr_b + i_first * stride_dr_t + i_hv * stride_dr_h
@@ -230,7 +231,7 @@ def chunk_reverse_kernel(
                 i_token + i_t * BT,
                 o_t.to(tl.int64) * stride_beta_t,
                 m_t,
-                USE_DESCRIPTORS,
+                USE_DESCRIPTORS and not IS_VARLEN,
             )
             b_from_k *= b_beta.to(tl.float32)
         b_dr = (b_dr * b_from_k[None, :]).to(DOT)
