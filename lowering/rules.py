@@ -16,6 +16,7 @@ from . import (
     causal_conv1d_backward,
     chunk,
     chunk_backward,
+    cpu,
     recurrent,
 )
 
@@ -33,6 +34,13 @@ RULES: dict[str, Callable[..., Any]] = {
     "recurrent_": recurrent.lower_,
 }
 
+# For tensors on a CPU, in place of those above.
+CPU_RULES: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_": cpu.lower_causal_conv1d_,
+    "recurrent": cpu.lower_recurrent,
+    "recurrent_": cpu.lower_recurrent_,
+}
+
 _registered: set[str] = set()
 
 
@@ -40,7 +48,7 @@ def register() -> None:
     for name, rule in RULES.items():
         if name not in _registered:
             operator = getattr(torch.ops.gdn, name).default
-            _inductor.add_lowering(operator, _or_eager(operator, rule))
+            _inductor.add_lowering(operator, _or_eager(operator, _by_device(name, rule)))
             _registered.add(name)
     cache_key.add()
 
@@ -50,6 +58,18 @@ def unregister() -> None:
         _inductor.remove_lowering(getattr(torch.ops.gdn, name).default)
         _registered.discard(name)
     cache_key.remove()
+
+
+def _by_device(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """``rule``, or the one for a CPU where the tensors are there; all are on one device."""
+
+    @functools.wraps(rule)
+    def lower(*args: Any, **keywords: Any) -> Any:
+        nodes = (x for x in (*args, *keywords.values()) if isinstance(x, _inductor.IRNode))
+        on_cpu = _inductor.device(next(nodes)).type == "cpu"
+        return (CPU_RULES.get(name, rule) if on_cpu else rule)(*args, **keywords)
+
+    return lower
 
 
 def _or_eager(operator: torch._ops.OpOverload, rule: Callable[..., Any]) -> Callable[..., Any]:
