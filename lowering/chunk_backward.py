@@ -65,14 +65,10 @@ GRADIENTS = _template(
 
 
 def _contiguous(x: IRNode) -> IRNode:
-    """``x`` contiguous in memory, copied where it is not known to be."""
-    node = _inductor.realize(x)
-    expected = _inductor.contiguous_layout(x, x.get_size(), x.get_dtype()).stride
-    if all(_inductor.is_known(a == b) for a, b in zip(node.get_stride(), expected, strict=True)):
-        return node
-    return _inductor.realize(
-        _inductor.lowered(aten.clone.default, x, memory_format=torch.contiguous_format)
-    )
+    """``x`` contiguous in memory, copied where it lies there otherwise."""
+    # A clone would be laid out as what it is a clone of, where that is not in memory yet.
+    ir = _inductor.ir  # type: ignore[attr-defined]  # nothing else of Inductor is known here
+    return _inductor.realize(ir.ExternKernel.require_contiguous(x))
 
 
 def _head_major(beta: IRNode) -> IRNode:
