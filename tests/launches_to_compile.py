@@ -1,0 +1,219 @@
+"""What the launchers launch and the lowerings generate at a model's sizes, compiled for any GPU.
+
+The launching functions themselves run, on tensors without memory: only Triton's last step, which
+compiles for the GPU at hand, is replaced by a record. So tiles, warps, flags and what is taken to
+be aligned are the launchers' own choice.
+"""
+
+import concurrent.futures
+import dataclasses
+import inspect
+import multiprocessing
+import pkgutil
+import re
+import types
+from unittest import mock
+
+import torch
+import triton  # noqa: TID253
+from torch.nn.functional import silu
+from triton.runtime.jit import JITFunction  # noqa: TID253
+
+import gdn_ops
+from gdn_ops.kernels import chunk as chunk_launcher
+from lowering.arch import find_arch
+from lowering.fake_gpu import generate
+from lowering.sass import compile_generated, compile_kernel
+
+H, HV, K, V = 16, 32, 128, 128
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+
+def new(*size, dtype=torch.bfloat16):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def integers(*size):
+    return new(*size, dtype=torch.int32)
+
+
+def states(N, dtype=torch.float32, K=K):
+    return new(N, HV, V, K, dtype=dtype)
+
+
+def tokens(B, T, dtype=torch.bfloat16, K=K, is_kda=False):
+    """``q k v g beta``."""
+    q, k, v = (
+        new(B, T, H, K, dtype=dtype),
+        new(B, T, H, K, dtype=dtype),
+        new(B, T, HV, V, dtype=dtype),
+    )
+    return q, k, v, new(B, T, HV, *[K] * is_kda, dtype=torch.float32), new(B, T, HV, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel, and all that Triton would compile it for.
+
+    Args:
+        fn: The kernel.
+        args: Its arguments by name.
+        num_warps: Warps of a program.
+        num_stages: Stages of its loops' pipelines.
+    """
+
+    fn: JITFunction
+    args: dict
+    num_warps: int
+    num_stages: int
+
+    @property
+    def kernel(self):
+        return self.fn.__name__.removesuffix("_kernel")
+
+    def with_config(self, config):
+        """The same with another choice of the lowering's."""
+        return Launch(self.fn, self.args | dict(config.tiles), config.num_warps, config.num_stages)
+
+    def signature(self):
+        """Types, constants and arguments divisible by 16, by the rules of Triton's launcher."""
+        typed, constants, divisible = {}, {}, []
+        for parameter in self.fn.params:
+            name, x = parameter.name, self.args[parameter.name]
+            if isinstance(x, torch.Tensor):
+                typed[name] = TYPES[x.dtype]
+                x = x.storage_offset() * x.itemsize
+            elif parameter.is_constexpr or x is None or x == 1:
+                constants[name] = x
+                continue
+            else:
+                typed[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
+            divisible += [name] * (x % 16 == 0)
+        return typed, constants, divisible
+
+
+def record(call, arch):
+    """The launches of ``call()`` where the GPU at hand is of this architecture."""
+    launches = []
+
+    def run(fn, *args, grid, warmup, num_warps, num_stages, **constants):
+        # Of what may be absent, constants come by name.
+        named = dict(zip(fn.arg_names, args, strict=False)) | constants
+        launches.append(Launch(fn, named, num_warps, num_stages))
+
+    gpu = find_arch(arch)
+    properties = types.SimpleNamespace(**gpu.device_properties())
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.version, "hip", "6.4" if gpu.is_amd else None),
+        mock.patch.object(chunk_launcher, "_device", return_value=chunk_launcher.features(0)),
+        mock.patch.object(triton, "set_allocator"),
+    ):
+        call()
+    return launches
+
+
+def decode(q, k, v, g, beta, pool, slots, z):
+    return gdn_ops.recurrent_(q, k, v, g, beta, pool, slots, use_qk_l2norm=True) * silu(z)
+
+
+def train(q, k, v, g, beta, z):
+    return gdn_ops.chunk(q, k, v, g, beta, use_qk_l2norm=True)[0] * silu(z)
+
+
+def convolve(x, weight, z):
+    return gdn_ops.causal_conv1d(x, weight, activation="silu")[0] * z
+
+
+def _train_inputs():
+    return tuple(x.requires_grad_() for x in (*tokens(2, 1000), new(2, 1000, HV, V)))
+
+
+def _convolve_inputs():
+    return tuple(x.requires_grad_() for x in (new(2, 1000, 8192), new(8192, 4), new(2, 1000, 8192)))
+
+
+# Layers for torch.compile: each with the templates that it becomes.
+LAYERS = {
+    "decode lowered": (decode, (*tokens(16, 1), states(33), integers(16), new(16, 1, HV, V))),
+    "train lowered": (train, _train_inputs()),
+    "convolve lowered": (convolve, _convolve_inputs()),
+}
+KERNELS = {
+    "decode lowered": ("recurrent",),
+    "train lowered": (
+        "chunk_scan",
+        "chunk_backward_replay",
+        "chunk_backward_reverse",
+        "chunk_backward_gradients",
+    ),
+    "convolve lowered": ("causal_conv1d", "causal_conv1d_backward"),
+}
+
+
+class Compiler:
+    """Processes that compile, or this one does. What is asked for twice is compiled once."""
+
+    def __init__(self, processes):
+        self._pool = None
+        self._asked = {}
+        if processes:
+            # torch has threads in this process, which is why it must not be forked.
+            context = multiprocessing.get_context("spawn")
+            self._pool = concurrent.futures.ProcessPoolExecutor(processes, context)
+
+    def ask(self, launch, arch):
+        """A future of the facts of a launch."""
+        typed, constants, divisible = launch.signature()
+        name = f"{launch.fn.fn.__module__}:{launch.fn.fn.__name__}"
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        job = (name, typed, constants, options | {"arch": arch, "divisible": divisible})
+        return self._submit(repr(job), _compile, *job)
+
+    def ask_for_layer(self, layer, arch):
+        """A future of the facts of a layer's templates, by their names."""
+        return self._submit((layer, arch), _generate, layer, arch)
+
+    def _submit(self, key, *job):
+        if key not in self._asked:
+            if self._pool is None:
+                self._asked[key] = concurrent.futures.Future()
+                self._asked[key].set_result(job[0](*job[1:]))
+            else:
+                self._asked[key] = self._pool.submit(*job)
+        return self._asked[key]
+
+    def close(self):
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _compile(name, typed, constants, options):
+    facts = compile_kernel(pkgutil.resolve_name(name), typed, constants, **options)
+    return _without_text(facts)
+
+
+def _generate(layer, arch):
+    function, arguments = LAYERS[layer]
+    facts = {}
+    for module in generate(function, arguments, arch=arch):
+        for launch in module.launches:
+            source = inspect.getsource(launch.kernel.fn.fn)
+            template = re.search(r"# gdn_(\w+): ", source)
+            if template and template[1] in KERNELS[layer]:
+                found = compile_generated(launch.kernel, launch.kernel.configs[0], arch)
+                facts[template[1]] = _without_text(found)
+    return facts
+
+
+def _without_text(facts):
+    """Half a megabyte less to send."""
+    return dataclasses.replace(facts, assembly="")

@@ -1,0 +1,317 @@
+"""What the kernels become on GPUs that nobody here has: registers, tensor cores, widths, fit.
+
+Each kernel in the configurations that its launcher and its lowering choose at the sizes of a model,
+16 and 32 heads of 128. All flags are compiled for sm_90, a selection for the other architectures.
+"""
+
+import os
+import re
+import types
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from launches_to_compile import (
+    HV,
+    KERNELS,
+    LAYERS,
+    Compiler,
+    H,
+    K,
+    Launch,
+    V,
+    integers,
+    new,
+    record,
+    states,
+    tokens,
+)
+
+from gdn_ops.kernels import causal_conv1d as conv
+from gdn_ops.kernels import causal_conv1d_backward as conv_backward
+from gdn_ops.kernels import chunk, chunk_backward, recurrent
+from lowering import _inductor
+from lowering import causal_conv1d as lowered_conv
+from lowering import recurrent as lowered_recurrent
+from lowering.arch import find_arch
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+D, W = 8192, 4
+
+
+def decode(dtype, K=K, is_kda=False):
+    pool = states(33, dtype, K)
+    inputs = tokens(16, 1, K=K, is_kda=is_kda)
+    recurrent.recurrent_(*inputs, pool, integers(16), use_qk_l2norm=True)
+
+
+def verify(dtype):
+    table = integers(16, 4)
+    inputs = tokens(16, 4)
+    recurrent.recurrent_(*inputs, states(65, dtype), table, integers(16), use_qk_l2norm=True)
+
+
+def packed(dtype):
+    recurrent.recurrent(*tokens(1, 100), states(7, dtype), integers(8))
+
+
+def packed_pool(dtype):
+    recurrent.recurrent_(
+        *tokens(1, 100), states(33, dtype), integers(7), None, integers(8), integers(7)
+    )
+
+
+def prefill(B, dtype=BF16, K=K, l2norm=True):
+    initial = states(B, FP32, K)
+    chunk.chunk(*tokens(B, 1000, dtype, K), initial, use_qk_l2norm=l2norm)
+
+
+def prefill_pool():
+    slots = (integers(7), new(7, dtype=torch.bool), integers(8), integers(7))
+    chunk.chunk_(*tokens(1, 1000), states(33), *slots, use_qk_l2norm=True)
+
+
+def prefill_slices():
+    """Heads that do not start at multiples of 16 bytes, which descriptors need."""
+    row = new(16, 1000, (2 * H + HV) * K + 2)
+    q, k, v, _ = row.split([H * K, H * K, HV * V, 2], -1)
+    q, k, v = (x.unflatten(-1, (-1, K)) for x in (q, k, v))
+    chunk.chunk(q, k, v, *tokens(16, 1000)[3:])
+
+
+def gradient(dtype=BF16, K=K, l2norm=True, is_packed=False):
+    B, N = (1, 7) if is_packed else (2, 2)
+    inputs = (*tokens(B, 1000, dtype, K), states(N, dtype, K))
+    bounds = integers(N + 1) if is_packed else None
+    do, dfinal_state = new(B, 1000, HV, V, dtype=dtype), states(N, dtype, K)
+    chunk_backward.chunk_backward(do, dfinal_state, *inputs, bounds, use_qk_l2norm=l2norm)
+
+
+def convolve(*, dtype=BF16, is_channel_major=False, is_packed=False):
+    B = 1 if is_packed else 2
+    x = new(B, D, 1000, dtype=dtype).mT if is_channel_major else new(B, 1000, D, dtype=dtype)
+    bounds = integers(8) if is_packed else None
+    initial = new(7 if is_packed else B, D, W - 1, dtype=dtype)
+    conv.causal_conv1d(x, new(D, W), new(D), initial, bounds, activation="silu")
+
+
+def convolve_step(T, is_wide=True):
+    pool = new(33, D, T + W - 2) if is_wide else new(33, T + W - 2, D).mT
+    accepted = integers(16) if T > 1 else None
+    conv.causal_conv1d_(
+        new(16, T, D), new(D, W), None, pool, integers(16), accepted, activation="silu"
+    )
+
+
+def convolve_gradient(*, is_packed=False):
+    B, N = (1, 7) if is_packed else (2, 2)
+    x, state = new(B, 1000, D), new(N, D, W - 1)
+    bounds = integers(N + 1) if is_packed else None
+    conv_backward.causal_conv1d_backward(
+        x, state, x, new(D, W), new(D), state, bounds, activation="silu"
+    )
+
+
+CALLS = {
+    "decode fp32": lambda: decode(FP32),
+    "decode bf16": lambda: decode(BF16),
+    "decode fp16": lambda: decode(FP16),
+    "decode KDA": lambda: decode(FP32, is_kda=True),
+    "decode K=256": lambda: decode(BF16, 256),
+    "verify": lambda: verify(BF16),
+    "packed": lambda: packed(FP32),
+    "packed pool": lambda: packed_pool(BF16),
+    "prefill": lambda: prefill(16),
+    "prefill of one": lambda: prefill(1),
+    "prefill without norm": lambda: prefill(16, l2norm=False),
+    "prefill K=256": lambda: prefill(16, K=256),
+    "prefill fp32": lambda: prefill(16, FP32),
+    "prefill pool": prefill_pool,
+    "prefill slices": prefill_slices,
+    "gradient": lambda: gradient(),
+    "gradient without norm": lambda: gradient(l2norm=False),
+    "gradient K=256": lambda: gradient(K=256),
+    "gradient fp32": lambda: gradient(FP32),
+    "gradient packed": lambda: gradient(is_packed=True),
+    "convolve": lambda: convolve(),
+    "convolve channels": lambda: convolve(is_channel_major=True),
+    "convolve packed": lambda: convolve(is_packed=True),
+    "convolve token": lambda: convolve_step(1),
+    "convolve token narrow": lambda: convolve_step(1, is_wide=False),
+    "convolve verify": lambda: convolve_step(4),
+    "convolve gradient": lambda: convolve_gradient(),
+    "convolve gradient packed": lambda: convolve_gradient(is_packed=True),
+}
+# Compiled for every architecture; sm_89 has the code of sm_80, and less shared memory.
+EVERYWHERE = ("decode fp32", "verify", "prefill", "gradient", "convolve", "convolve token")
+ARCHS = ("sm_90", "sm_80", "sm_100", "gfx942")
+# For these also what max_autotune would time.
+TIMED = ("decode fp32", "decode bf16", "convolve")
+# The stage that gradients share with a prefill of the same flags, but for one factor.
+SHARED = ("gradient", "gradient without norm", "gradient fp32", "gradient packed")
+
+# Accesses to local memory in loops, on sm_90 with Triton 3.7.1; a kernel that spills no more is
+# noticed, and leaves the table.
+SPILLS = {
+    ("prefill", "scan"): 15,
+    ("prefill of one", "scan"): 12,
+    ("prefill K=256", "scan"): 192,
+    ("prefill fp32", "prepare"): 423,
+    ("prefill fp32", "scan"): 151,
+    ("prefill pool", "scan"): 1,
+    ("prefill slices", "scan"): 5,
+    ("gradient K=256", "chunk_reverse"): 19,
+    ("gradient K=256", "chunk_gradients"): 4,
+    ("gradient fp32", "chunk_reverse"): 6088,
+    ("gradient fp32", "chunk_gradients"): 77,
+    ("train lowered", "chunk_scan"): 42,
+}
+# Where another Triton differs.
+SPILLS |= {
+    "3.6": {("prefill K=256", "prepare"): 7, ("gradient K=256", "chunk_gradients"): 0},
+}.get(triton.__version__[:3], {})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel of a call; or of a layer, by its name there."""
+
+    call: str
+    kernel: str
+    arch: str
+    launch: Launch | None = None
+
+    def __str__(self):
+        return f"{self.call}-{self.kernel}-{self.arch}".replace(" ", "_")
+
+    def facts(self, compiler):
+        """A future of the facts."""
+        if self.launch is None:
+            return compiler.ask_for_layer(self.call, self.arch)
+        return compiler.ask(self.launch, self.arch)
+
+
+def _recorded():
+    for arch in ARCHS:
+        for call in CALLS if arch == "sm_90" else EVERYWHERE:
+            for launch in record(CALLS[call], arch):
+                if call in SHARED and launch.kernel == "prepare":
+                    continue
+                yield Case(call, launch.kernel, arch, launch)
+                if arch == "sm_90" and call in TIMED:
+                    for config in _configs(launch)[1:]:
+                        tiles = "x".join(str(size) for _, size in config.tiles)
+                        yield Case(
+                            call, f"{launch.kernel} {tiles}", arch, launch.with_config(config)
+                        )
+
+
+def _configs(launch):
+    """What the lowering of a launch chooses from."""
+    numbers = {
+        "may_autotune": lambda: True,
+        "hints": list,
+        "is_known": bool,
+        "static_int": int,
+    }
+    with mock.patch.multiple(_inductor, **numbers):
+        if launch.kernel == "recurrent":
+            return lowered_recurrent._configs(
+                launch.args["K"], launch.args["V"], _node(launch.args["final_state"])
+            )
+        if launch.kernel == "causal_conv1d":
+            x, weight, written, bounds = (
+                launch.args[name] for name in ("x", "weight", "final_state", "cu_seqlens")
+            )
+            sequences = len(x) if bounds is None else len(bounds) - 1
+            nodes = map(_node, (x, weight, written))
+            return lowered_conv._configs(*nodes, sequences, bounds is not None)
+    raise AssertionError(launch.kernel)
+
+
+def _node(x):
+    """What a lowering asks of a node."""
+    return types.SimpleNamespace(
+        get_dtype=lambda: x.dtype, get_size=lambda: x.shape, get_stride=x.stride
+    )
+
+
+LAUNCHES = list(_recorded())
+# The kernels that a layer is lowered to. Their prepare is that of the launchers.
+LOWERED = [Case(layer, kernel, "sm_90") for layer in LAYERS for kernel in KERNELS[layer]]
+PRODUCTS = [case for case in LAUNCHES if str(case.launch.args.get("DOT")) in ("bf16", "fp16")]
+
+
+def _params(cases, broken=None):
+    params = []
+    for case in cases:
+        found = (broken or {}).get((case.call, case.kernel))
+        reason = f"{found} accesses to local memory in loops"
+        marks = [pytest.mark.xfail(strict=True, reason=reason)] if found else []
+        params.append(pytest.param(case, id=str(case), marks=marks))
+    return params
+
+
+@pytest.fixture(scope="module")
+def compiler(request):
+    """All that the chosen tests will need is under way from the first on."""
+    # Of pytest-xdist each process has its share of the tests, and compiles for itself.
+    is_alone = "PYTEST_XDIST_WORKER" not in os.environ
+    compiler = Compiler(processes=2 if is_alone else 0)
+    for item in request.session.items if is_alone else ():
+        if item.path == request.path:
+            item.callspec.params["case"].facts(compiler)
+    yield compiler
+    compiler.close()
+
+
+@pytest.fixture
+def facts(compiler, case):
+    found = case.facts(compiler).result()
+    return found if case.launch is not None else found[case.kernel]
+
+
+@pytest.mark.parametrize(
+    "case", _params([c for c in LAUNCHES if c.arch == "sm_90"] + LOWERED, SPILLS)
+)
+def test_no_register_is_spilled_in_a_loop(facts):
+    assert facts.spills_in_loops == 0
+
+
+@pytest.mark.parametrize("case", _params(LAUNCHES + LOWERED))
+def test_a_program_fits_its_gpu(facts, case):
+    archs = [case.arch, "sm_89"] if case.arch == "sm_80" else [case.arch]
+    assert facts.shared <= min(find_arch(arch).shared_per_block for arch in archs)
+    assert facts.occupancy >= 1
+
+
+@pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel.startswith("recurrent")]))
+def test_a_state_is_read_and_written_16_bytes_at_a_time(facts, case):
+    """Also behind the masks of dead slots: the accesses are as many as the tile needs."""
+    arch, args = find_arch(case.arch), case.launch.args
+    size = args["BV"] * args["BK"] * args["final_state"].itemsize
+    least = size // (16 * arch.warp * facts.num_warps)
+    load, store = (
+        ("global_load_dwordx4", "global_store_dwordx4") if arch.is_amd else ("LDG.128", "STG.128")
+    )
+    assert facts.opcodes[load] >= least
+    assert facts.opcodes[store] == least
+
+
+@pytest.mark.parametrize("case", _params(PRODUCTS))
+def test_products_of_16_bit_operands_run_on_tensor_cores(facts, case):
+    # A product of whole warp groups needs 64 rows and four warps.
+    is_large = case.launch.args["BT"] == 64 and facts.num_warps >= 4
+    expected = {
+        "sm_80": r"HMMA$",
+        "sm_90": r"HGMMA$" if is_large else r"H(G)?MMA$",
+        "sm_100": r"UTCHMMA$" if is_large else r"(UTC)?HMMA$",
+        "gfx942": r"v_mfma_f32_\w+_bf16",
+    }[case.arch]
+    assert sum(n for op, n in facts.opcodes.items() if re.match(expected, op)) >= 4
