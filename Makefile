@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench train gpu-test gpu-bench clean
+.PHONY: demo test matrix lint bench train gpu-test gpu-bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/generate.py $(ARGS)
@@ -20,6 +20,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) $(ARGS) || test $$? = 5
 	$(BIN)/python -m pytest -n auto --ignore tests/interpreted $(ARGS)
+
+# Code that is generated and compiled for GPUs, with each torch that is served: make matrix ARGS=2.11
+matrix:
+	$(PYTHON) .ci/matrix.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
