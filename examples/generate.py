@@ -6,11 +6,15 @@
 A Hugging Face ``Qwen3NextForCausalLM``, unchanged, continues real source text that it was not
 trained on. Prefill and decode are compiled with ``fullgraph=True``. The table compares graphs,
 tokens and times with the functions that transformers itself has for these layers; all four variants
-run in turn in one process, on the same tokens.
+run in turn in one process, on the same tokens. Below it stands which operators the compiled model
+calls from outside; ``--kernels`` adds what it would consist of on an H200.
 """
 
 import argparse
+import collections
 import contextlib
+import copy
+import functools
 import json.decoder
 import os
 import platform
@@ -18,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import byte_corpus
@@ -35,6 +39,8 @@ from transformers import AutoTokenizer, Qwen3NextForCausalLM, StaticCache
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from gdn_ops.integrations.transformers import REPLACEMENTS, use_gdn_ops
+from lowering.fake_gpu import generate
+from lowering.generated import GeneratedModule, library_calls
 
 MODEL_DIRECTORY = Path(__file__).parent / "model"
 
@@ -77,6 +83,19 @@ def language_of(model: str) -> Language:
     return Language(encode, tokenizer.decode)
 
 
+def prefill_step(
+    model: Qwen3NextForCausalLM, tokens: Tensor, noise: Tensor, cache: StaticCache
+) -> Tensor:
+    logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+    return (logits + noise).argmax(-1)
+
+
+def decode_step(
+    model: Qwen3NextForCausalLM, token: Tensor, noise: Tensor, cache: StaticCache
+) -> Tensor:
+    return (model(token, past_key_values=cache).logits + noise).argmax(-1)
+
+
 class Variant:
     """Prefill and decode of a model with one set of functions under it, eager or compiled."""
 
@@ -85,20 +104,14 @@ class Variant:
     ) -> None:
         self.name, self.model, self.functions, self.compiled = name, model, functions, compiled
 
-        def prefill(tokens: Tensor, noise: Tensor, cache: StaticCache) -> Tensor:
-            logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
-            return (logits + noise).argmax(-1)
-
-        def decode(token: Tensor, noise: Tensor, cache: StaticCache) -> Tensor:
-            return (model(token, past_key_values=cache).logits + noise).argmax(-1)
-
-        self._plain_prefill, self._prefill, self._decode = prefill, prefill, decode
+        self._plain_prefill = self._prefill = functools.partial(prefill_step, model)
+        self._decode = functools.partial(decode_step, model)
         if compiled:
             # Only one prompt length is run here. Transformers' functions are best compiled for it
             # alone; these operators need no such favour.
             dynamic = functions is use_gdn_ops
-            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=dynamic)
-            self._decode = torch.compile(decode, fullgraph=True)
+            self._prefill = torch.compile(self._prefill, fullgraph=True, dynamic=dynamic)
+            self._decode = torch.compile(self._decode, fullgraph=True)
 
     def new_cache(self, length: int) -> StaticCache:
         return StaticCache(config=self.model.config, max_cache_len=length)
@@ -139,6 +152,57 @@ class Variant:
                 text = prompt[:, torch.arange(length) % prompt.shape[1]]
                 prefill(text, torch.zeros(1, device=text.device), self.new_cache(2 * max(lengths)))
         return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+
+
+def opaque_calls(variant: Variant, prompt: Tensor, noise: Tensor) -> list[str]:
+    """The operators of ``gdn`` that a compiled variant calls: for the others there is code."""
+    # A cache of the length that was compiled for.
+    cache = variant.new_cache(prompt.shape[1] + len(noise))
+    seen = set()
+
+    def spy(name: str, call: Callable, *args: Any, **keywords: Any) -> Any:
+        seen.add(name)
+        return call(*args, **keywords)
+
+    with contextlib.ExitStack() as stack:
+        # Generated code looks an operator up at each call.
+        for name in (
+            "causal_conv1d",
+            "causal_conv1d_",
+            "chunk",
+            "chunk_",
+            "recurrent",
+            "recurrent_",
+        ):
+            operator = getattr(torch.ops.gdn, name)
+            watched = functools.partial(spy, f"gdn.{name}", operator.default)
+            stack.enter_context(mock.patch.object(operator, "default", watched))
+        variant.decode(variant.prefill(prompt, noise[0], cache), noise[1:2], cache)
+    return sorted(seen)
+
+
+@torch.no_grad()
+def kernels_on_h200(model: Qwen3NextForCausalLM, prompt: Tensor) -> list[str]:
+    """What the graphs of prefill and decode consist of in bfloat16: generated, never run."""
+    model = copy.deepcopy(model).bfloat16()
+    prefill, decode = (functools.partial(step, model) for step in (prefill_step, decode_step))
+    noise = torch.zeros(model.config.vocab_size)
+    cache = StaticCache(config=model.config, max_cache_len=2 * prompt.shape[1])
+    with use_gdn_ops():
+        (first,) = generate(prefill, (prompt, noise, cache), dynamic=True)
+        token = prefill(prompt, noise, cache)
+        (then,) = generate(decode, (token, noise, cache), mode="reduce-overhead")
+    return [f"prefill on an H200: {describe(first)}", f"decode on an H200: {describe(then)}"]
+
+
+def describe(module: GeneratedModule) -> str:
+    """How many launches a graph has of each kind of kernel, and which libraries it calls."""
+    kinds = collections.Counter(
+        launch.kernel.kind.removeprefix("persistent_") for launch in module.launches
+    )
+    counts = [f"{kinds[kind]} {kind} kernels" for kind in ("template", "pointwise", "reduction")]
+    calls = [f"{count} {name}" for name, count in sorted(library_calls(module.code).items())]
+    return f"{', '.join(counts)}; calls: {', '.join(calls)}"
 
 
 class Times(NamedTuple):
@@ -226,6 +290,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.7, help="0 takes the most likely token")
     add("--seed", type=int, default=0)
     add("--repeats", type=int, default=7, help="measurements of each variant")
+    add("--kernels", action="store_true", help="add the kernels of an H200: a minute; needs no GPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     return parser.parse_args(argv)
@@ -269,6 +334,12 @@ def main(argv: list[str] | None = None) -> None:
     console.print(Panel(shown.append(language.decode(tokens[0]), style="not dim")))
     times = measure(variants, prompt, noise[:32], arguments.repeats)
     console.print(report(variants, tokens, graphs, times, prompt.shape[1]))
+    opaque = ", ".join(opaque_calls(variants[0], prompt, noise)) or "none"
+    console.print(f"operators that stay opaque calls on {model.device.type}: {opaque}")
+    if arguments.kernels:
+        with console.status("generating code for an H200"):
+            lines = kernels_on_h200(model, prompt)
+        console.print(*lines, sep="\n")
 
 
 if __name__ == "__main__":
