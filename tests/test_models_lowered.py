@@ -144,5 +144,5 @@ backward: gdn_chunk_prepare, gdn_chunk_backward_replay, gdn_chunk_backward_rever
 8 extern_kernels._grouped_mm
 4 extern_kernels.bmm
 34 extern_kernels.mm
-34 pointwise
+35 pointwise
 31 reduction""")
