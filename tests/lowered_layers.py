@@ -149,7 +149,8 @@ def summary(module):
     counts = collections.Counter(line.split(":")[0] for line in lines if "template" not in line)
     return "\n".join(
         [
-            f"{module.phase}: {', '.join(template_names(module))}",
+            f"{module.phase}:",
+            *(f"template {name}" for name in template_names(module)),
             *(f"{count} {name}" for name, count in sorted(counts.items())),
         ]
     )

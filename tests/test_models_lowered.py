@@ -50,7 +50,9 @@ def test_cuda_graphs_have_no_reason_to_skip_a_decode_step():
 @pinned
 def test_kernels_of_a_decode_step():
     (module,) = model_in("decode")
-    expecttest.assert_expected_inline(inventory(module), """\
+    expecttest.assert_expected_inline(
+        inventory(module),
+        """\
 pointwise: arange add
 pointwise: arange
 pointwise: arange
@@ -115,14 +117,20 @@ extern_kernels._grouped_mm
 pointwise: silu mul _grouped_mm
 extern_kernels._grouped_mm
 reduction: add sort sum div index mul sigmoid pow mean rsqrt
-extern_kernels.mm""")
+extern_kernels.mm""",
+    )
 
 
 @pinned
 def test_kernels_of_prefill_and_training():
     modules = [*model_in("prefill"), *model_in("training")]
-    expecttest.assert_expected_inline("\n\n".join(map(summary, modules)), """\
-inference: gdn_causal_conv1d, gdn_chunk_prepare, gdn_chunk_scan
+    expecttest.assert_expected_inline(
+        "\n\n".join(map(summary, modules)),
+        """\
+inference:
+template gdn_causal_conv1d
+template gdn_chunk_prepare
+template gdn_chunk_scan
 4 extern_kernels._grouped_mm
 2 extern_kernels.bmm
 18 extern_kernels.mm
@@ -131,7 +139,10 @@ inference: gdn_causal_conv1d, gdn_chunk_prepare, gdn_chunk_scan
 2 torch.ops.aten.histc.default
 2 torch.ops.aten.topk.default
 
-forward: gdn_causal_conv1d, gdn_chunk_prepare, gdn_chunk_scan
+forward:
+template gdn_causal_conv1d
+template gdn_chunk_prepare
+template gdn_chunk_scan
 4 extern_kernels._grouped_mm
 2 extern_kernels.bmm
 18 extern_kernels.mm
@@ -140,9 +151,15 @@ forward: gdn_causal_conv1d, gdn_chunk_prepare, gdn_chunk_scan
 2 torch.ops.aten.histc.default
 2 torch.ops.aten.topk.default
 
-backward: gdn_chunk_prepare, gdn_chunk_backward_replay, gdn_chunk_backward_reverse, gdn_chunk_backward_gradients, gdn_causal_conv1d_backward
+backward:
+template gdn_chunk_prepare
+template gdn_chunk_backward_replay
+template gdn_chunk_backward_reverse
+template gdn_chunk_backward_gradients
+template gdn_causal_conv1d_backward
 8 extern_kernels._grouped_mm
 4 extern_kernels.bmm
 34 extern_kernels.mm
 35 pointwise
-31 reduction""")
+31 reduction""",
+    )
