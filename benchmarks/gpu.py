@@ -95,10 +95,9 @@ def fla_call(row: Row) -> Callable[[], object] | None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except Exception:
         return None
-    q, k, *others = make_tokens(row.N, row.T)
-    q, k = (x.repeat_interleave(HV // H, 2) for x in (q, k))
-    leaves = [x.requires_grad_(row.name == "train") for x in (q, k, *others)]
-    do = torch.randn_like(others[0])
+    tokens = make_tokens(row.N, row.T)
+    leaves = [x.requires_grad_(row.name == "train") for x in tokens]
+    do = torch.randn_like(tokens[2])
 
     def call() -> object:
         o, state = chunk_gated_delta_rule(*leaves, output_final_state=row.name == "prefill")

@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter, on the CPU: the environment must say so before triton is imported."""
+"""Kernels in Triton's interpreter: the environment must say so before triton is imported."""
 
 import os
 import sys
