@@ -171,6 +171,7 @@ SPILLS = {
     ("gradient K=256", "chunk_gradients"): 4,
     ("gradient fp32", "chunk_reverse"): 6088,
     ("gradient fp32", "chunk_gradients"): 77,
+    ("gradient packed", "chunk_reverse"): 3,
     ("train lowered", "chunk_scan"): 42,
 }
 # Where another Triton differs.
@@ -181,6 +182,7 @@ SPILLS |= {
         ("prefill of one", "scan"): 0,
         ("prefill pool", "scan"): 0,
         ("gradient K=256", "chunk_gradients"): 0,
+        ("gradient packed", "chunk_reverse"): 0,
     },
 }.get(importlib.metadata.version("triton")[:3], {})
 
