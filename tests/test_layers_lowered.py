@@ -316,6 +316,8 @@ def test_the_layer_to_inspect_has_the_kernels_of_these_lists(phase, monkeypatch)
     """At the sizes of Qwen3-Next-80B-A3B, on meta, by the example's own call."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
     example = importlib.import_module("inspect_layer")
+    # Its own call holds until the process ends, which is that of other tests too.
+    monkeypatch.setattr(example, "use_gdn_ops", lambda: None)
     with use_gdn_ops():
         modules = generate(*getattr(example, phase)(), mode="reduce-overhead")
     ours = layer_in({"train": "training", "prefill": "prefill_new_cache"}.get(phase, phase))[0]

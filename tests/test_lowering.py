@@ -188,8 +188,8 @@ def test_float64_falls_back_and_says_what_to_change(caplog):
     assert "smaller dtype" in caplog.text
 
 
-def test_registering_is_idempotent_and_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+@torch.compiler.config.patch(cache_key_tag="mine")
+def test_registering_is_idempotent_and_leaves_no_trace():
     lowering.unregister()
     assert torch.compiler.config.cache_key_tag == "mine"
     lowering.register()

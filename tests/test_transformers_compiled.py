@@ -90,11 +90,11 @@ def test_prefill_is_one_graph_and_decode_another_for_all_lengths(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # its import
+@torch.compiler.config.patch(cache_key_tag="without inlining")
 @torch.no_grad()
 def test_inductor_hands_the_states_of_a_cache_to_the_operators_without_a_copy(monkeypatch):
     # Inlined, as on a CPU, there is no call to look at; tests/test_lowering_cpu.py has that case.
     monkeypatch.delitem(rules.CPU_RULES, "recurrent_")
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "without inlining")
     model = tiny_model(layers=2)
     compiled = _compile(model, "inductor")
     ids = tokens(1, 70 + STEPS)
