@@ -155,7 +155,7 @@ def _register_lowerings() -> None:
 
     try:
         with _disable_current_modes():
-            importlib.import_module("lowering").register()
+            importlib.import_module("lowering.rules").register_at_first_trace()
     except Exception as error:  # a compile must not fail for want of speed
         _log.info("no lowerings, operators stay opaque: %s: %s", type(error).__name__, error)
 

@@ -42,9 +42,18 @@ CPU_RULES: dict[str, Callable[..., Any]] = {
 }
 
 _registered: set[str] = set()
+_was_unregistered = False
+
+
+def register_at_first_trace() -> None:
+    """What the lazy switch of ``gdn_ops`` calls; it does not undo an ``unregister``."""
+    if not _was_unregistered:
+        register()
 
 
 def register() -> None:
+    global _was_unregistered
+    _was_unregistered = False
     for name, rule in RULES.items():
         if name not in _registered:
             operator = getattr(torch.ops.gdn, name).default
@@ -54,6 +63,8 @@ def register() -> None:
 
 
 def unregister() -> None:
+    global _was_unregistered
+    _was_unregistered = True
     for name in list(_registered):
         _inductor.remove_lowering(getattr(torch.ops.gdn, name).default)
         _registered.discard(name)
