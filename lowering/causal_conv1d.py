@@ -6,6 +6,7 @@ import torch
 
 from gdn_ops.kernels import causal_conv1d as kernels
 from gdn_ops.kernels.causal_conv1d_tiles import causal_conv1d_config
+from gdn_ops.kernels.configs import next_power_of_2
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
@@ -44,10 +45,6 @@ def supports(x: IRNode) -> None:
         raise Unsupported(f"there are no kernels for {device}")
     if x.get_dtype() == torch.float64:
         raise Unsupported("the kernels compute in float32; pass x in a smaller dtype")
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def is_dense(weight: IRNode) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gdn_ops.kernels import recurrent as kernels
-from gdn_ops.kernels.configs import recurrent_config
+from gdn_ops.kernels.configs import next_power_of_2, recurrent_config
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
@@ -40,7 +40,7 @@ def supports(q: IRNode) -> None:
 
 
 def _configs(K: int, V: int, state: IRNode) -> list[Config]:
-    BK = 1 << (K - 1).bit_length()
+    BK = next_power_of_2(K)
     BV, warps = recurrent_config(K, V, state.get_dtype().itemsize)
     configs = [Config.of(warps, 1, BK=BK, BV=BV)]
     if _inductor.may_autotune():

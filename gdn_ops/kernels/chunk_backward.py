@@ -20,6 +20,7 @@ from . import chunk
 from .chunk_backward_gradients import chunk_gradients_kernel
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
+from .launch import strides
 
 # Bounds of sequences that a program reads at once to find its chunk.
 PLACE_BN = 128
@@ -70,11 +71,6 @@ def supports(
     if g is not None and g.dim() == 4:
         return "the chunk kernels have one decay per head; g has one per key channel"
     return None
-
-
-def _strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
-    """Strides of a tensor, zero for dimensions that it does not have."""
-    return (0,) * rank if x is None else x.stride()
 
 
 def _new_gradient(x: Tensor | None, like: Tensor) -> Tensor:
@@ -163,9 +159,9 @@ def chunk_backward(
         *(k, v, beta, initial_state, cu_seqlens, G, inverse, states, u),
         *k.stride(),
         *v.stride(),
-        *_strides(beta, 3),
-        *_strides(initial_state, 4),
-        *_strides(cu_seqlens, 1),
+        *strides(beta, 3),
+        *strides(initial_state, 4),
+        *strides(cu_seqlens, 1),
         *u.stride(),
         T,
         **scan,
@@ -177,8 +173,8 @@ def chunk_backward(
         *dfinal_state.stride(),
         *q.stride(),
         *k.stride(),
-        *_strides(beta, 3),
-        *_strides(cu_seqlens, 1),
+        *strides(beta, 3),
+        *strides(cu_seqlens, 1),
         *dr.stride(),
         T,
         scale=scale,
@@ -190,8 +186,8 @@ def chunk_backward(
         *q.stride(),
         *k.stride(),
         *v.stride(),
-        *_strides(beta, 3),
-        *_strides(cu_seqlens, 1),
+        *strides(beta, 3),
+        *strides(cu_seqlens, 1),
         *dq.stride(),
         T,
         scale=scale,
