@@ -1,18 +1,18 @@
 """``use_gdn_ops`` takes effect when it should, refuses what it must and undoes itself."""
 
-import importlib.util
 import itertools
 import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 import transformers
 from tiny_models import modeling, new_cache, tiny_model, tokens
 
-from gdn_ops.integrations.transformers import REPLACEMENTS, use_gdn_ops
+from gdn_ops.integrations.transformers import FAMILIES, REPLACEMENTS, use_gdn_ops
 
 
 def _in_place():
@@ -96,7 +96,8 @@ def test_models_of_every_shape_are_accepted():
 
 
 def test_a_model_without_such_layers_is_refused():
-    message = "use_gdn_ops: model must have gated delta net layers of qwen3_next, got "
+    families = [family for family in FAMILIES if find_spec(f"transformers.models.{family}")]
+    message = f"use_gdn_ops: model must have gated delta net layers of {', '.join(families)}, got "
     full = transformers.Qwen3NextConfig(
         vocab_size=8,
         hidden_size=16,
@@ -117,8 +118,8 @@ def test_a_model_without_such_layers_is_refused():
 @pytest.mark.parametrize("name", REPLACEMENTS)
 def test_model_code_that_is_laid_out_in_another_way_is_refused(name, monkeypatch):
     message = (
-        f"use_gdn_ops: transformers must be 5.15 or newer, got {transformers.__version__}, "
-        f"whose qwen3_next has no {name}"
+        f"use_gdn_ops: transformers must be a release from 4.57 to 5.24, "
+        f"got {transformers.__version__}, whose qwen3_next has no {name}"
     )
     with monkeypatch.context() as patch:
         patch.delattr(modeling, name)
@@ -165,7 +166,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="fla-core is not installed")
+@pytest.mark.skipif(find_spec("fla") is None, reason="fla-core is not installed")
 def test_an_installed_fla_is_not_called():
     """In a process of its own: warnings are errors here, and fla warns where there is no GPU."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,36 +1,32 @@
-"""The operators under Hugging Face transformers' model code, without a change to the model.
-
-The model code of transformers reaches its gated delta rule and its convolution through four
-functions of its module. ``use_gdn_ops`` puts the functions of this file in their place:
+"""The functions that stand in for those of transformers' model code.
 
     torch_chunk_gated_delta_rule        torch.ops.gdn.chunk, chunk_ where a cache holds the state
     torch_recurrent_gated_delta_rule    torch.ops.gdn.recurrent_
     causal_conv1d_fn                    torch.ops.gdn.causal_conv1d
     causal_conv1d_update                torch.ops.gdn.causal_conv1d_
 
-The state in a cache keeps the shape that transformers gives it, ``[B, HV, K, V]``, but its memory
-is V-major: ``state.transpose(-1, -2)`` is a contiguous ``[B, HV, V, K]``, which the operators
-update in place. So a cache may be filled with these functions and used without them, or the other
-way round; one that is not V-major is served by the functional operators and copied at each step.
+Names, order and defaults of the arguments are those of the model code. The state in a cache keeps
+the shape that transformers gives it, ``[B, HV, K, V]``, but its memory is V-major:
+``state.transpose(-1, -2)`` is a contiguous ``[B, HV, V, K]``, which the operators update in place.
+So a cache may be filled with these functions and used without them, or the other way round; one
+that is not V-major is served by the functional operators and copied at each step.
 
-Source: transformers 5.15 to 5.23, ``models/qwen3_next/modeling_qwen3_next.py``; checked by
+Source: transformers 5.15 to 5.24, ``models/qwen3_next/modeling_qwen3_next.py``; checked by
 tests/test_transformers.py.
 """
 
-import importlib
+import functools
 from collections.abc import Callable
-from types import ModuleType, TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gdn_ops._checks import arithmetic_dtype
 from gdn_ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from gdn_ops.chunk import chunk, chunk_
+from gdn_ops.integrations.slot_state import SlotInputs, SlotState
 from gdn_ops.recurrent import recurrent, recurrent_
-
-FAMILIES = ("qwen3_next",)
 
 
 def chunk_gated_delta_rule(
@@ -40,12 +36,13 @@ def chunk_gated_delta_rule(
     g: Tensor,
     beta: Tensor,
     chunk_size: int = 64,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | SlotState | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
+    state_dtype: torch.dtype | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | SlotState | None]:
     """``torch_chunk_gated_delta_rule`` of the model code: prefill and training.
 
     Args:
@@ -56,10 +53,12 @@ def chunk_gated_delta_rule(
         beta: Write strength, ``[B, T, HV]``.
         chunk_size: Not used: it cannot change the result but by rounding.
         initial_state: ``[N, HV, K, V]``, any strides. Written where it is V-major and no gradient
-            is asked for. Default: zeros.
+            is asked for; a ``SlotState`` updates itself. Default: zeros.
         output_final_state: Return the final state instead of None.
         use_qk_l2norm_in_kernel: Normalise ``query`` and ``key``.
         cu_seqlens: Bounds of packed sequences, ``[N + 1]``.
+        state_dtype: The dtype of a state that starts here, which a cache keeps. Default: that of
+            the arithmetic, float32.
         **kwargs: What else the model code passes on; not used.
 
     Returns:
@@ -68,6 +67,8 @@ def chunk_gated_delta_rule(
             that was written.
     """
     tokens = (query, key, value, g.to(arithmetic_dtype(query.dtype)), beta)
+    if isinstance(initial_state, SlotState):
+        return initial_state.gated_delta_rule(*tokens, use_qk_l2norm_in_kernel), initial_state
     if output_final_state and _in_place(initial_state, *tokens):
         assert initial_state is not None
         o = chunk_(
@@ -81,6 +82,8 @@ def chunk_gated_delta_rule(
     o, final_state = chunk(
         *tokens, _v_first(initial_state), cu_seqlens, use_qk_l2norm=use_qk_l2norm_in_kernel
     )
+    if initial_state is None and state_dtype is not None:
+        final_state = final_state.to(state_dtype)
     return o, final_state.transpose(-1, -2) if output_final_state else None
 
 
@@ -90,17 +93,19 @@ def recurrent_gated_delta_rule(
     value: Tensor,
     g: Tensor,
     beta: Tensor,
-    initial_state: Tensor | None = None,
+    initial_state: Tensor | SlotState | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | SlotState | None]:
     """``torch_recurrent_gated_delta_rule`` of the model code: decode.
 
     Arguments and results are those of ``chunk_gated_delta_rule`` in this file.
     """
     tokens = (query, key, value, g.to(arithmetic_dtype(query.dtype)), beta)
+    if isinstance(initial_state, SlotState):
+        return initial_state.gated_delta_rule(*tokens, use_qk_l2norm_in_kernel), initial_state
     if output_final_state and _in_place(initial_state, *tokens):
         assert initial_state is not None
         o = recurrent_(
@@ -117,7 +122,7 @@ def recurrent_gated_delta_rule(
 
 
 def causal_conv1d_fn(
-    hidden_states: Tensor,
+    hidden_states: Tensor | SlotInputs,
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
@@ -128,7 +133,7 @@ def causal_conv1d_fn(
     """``causal_conv1d_fn`` of the model code: whole sequences, no history.
 
     Args:
-        hidden_states: Channel-major, ``[B, D, T]``, any strides.
+        hidden_states: Channel-major, ``[B, D, T]``, any strides; ``SlotInputs`` bring the history.
         weight: ``[D, W]``.
         bias: ``[D]`` or None.
         activation: Name of an activation of transformers, or None.
@@ -147,8 +152,13 @@ def causal_conv1d_fn(
     if seq_idx is not None and cu_seq_lens_q is None:
         raise ValueError("causal_conv1d_fn: cu_seq_lens_q must be given with seq_idx, got None")
     fused, after = _split_activation(activation)
+    slots = hidden_states.state if isinstance(hidden_states, SlotInputs) else None
+    hidden_states = hidden_states.x if isinstance(hidden_states, SlotInputs) else hidden_states
     x = _in_dtype_of(weight, hidden_states).transpose(1, 2)
-    y, _ = causal_conv1d(x, weight, bias, cu_seqlens=cu_seq_lens_q, activation=fused)
+    if slots is not None:
+        y = slots.convolve(x, weight, bias, fused)
+    else:
+        y, _ = causal_conv1d(x, weight, bias, cu_seqlens=cu_seq_lens_q, activation=fused)
     return after(y.transpose(1, 2)).to(hidden_states.dtype)
 
 
@@ -224,86 +234,10 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Installation:
-    """What ``use_gdn_ops`` returns: ends by ``undo()`` or at the end of a ``with`` block."""
-
-    # What the model code had before the first of the installations that are in force.
-    _originals: ClassVar[dict[tuple[ModuleType, str], Any]] = {}
-    _in_force: ClassVar[int] = 0
-
-    def __init__(self, modules: list[ModuleType]) -> None:
-        self._undone = False
-        Installation._in_force += 1
-        for module in modules:
-            for name, replacement in REPLACEMENTS.items():
-                Installation._originals.setdefault((module, name), getattr(module, name))
-                setattr(module, name, replacement)
-
-    def undo(self) -> None:
-        """End it. The last of several that overlap restores the model code; twice is once."""
-        if self._undone:
-            return
-        self._undone = True
-        Installation._in_force -= 1
-        if Installation._in_force == 0:
-            for (module, name), original in Installation._originals.items():
-                setattr(module, name, original)
-            Installation._originals.clear()
-
-    def __enter__(self) -> "Installation":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.undo()
-
-
-def use_gdn_ops(model: nn.Module | None = None) -> Installation:
-    """Put the operators under the model code of transformers: a function and a context manager.
-
-        use_gdn_ops()                        for the rest of the process, or until .undo()
-        with use_gdn_ops(model): ...         until the end of the block
-
-    It acts on the functions of the modeling modules, and so on every model of a family in the
-    process, whether it was built before or after; a compiled model is compiled once more.
-
-    Args:
-        model: Checked, if given, to have layers that are served. Default: no check.
-
-    Returns:
-        An object with ``undo()``, which ends it; also a context manager.
-
-    Raises:
-        ValueError: ``model`` has no layer of a family that is served.
-        NotImplementedError: this release of transformers lays out its model code in another way.
-
-    Source: tests/test_transformers.py.
-    """
-    modules = [_modeling(family) for family in FAMILIES]
-    if model is not None:
-        served = {module.__name__ for module in modules}
-        layers = (type(m) for m in model.modules())
-        if not any(t.__module__ in served and t.__name__.endswith("GatedDeltaNet") for t in layers):
-            raise ValueError(
-                f"use_gdn_ops: model must have gated delta net layers of {', '.join(FAMILIES)}, "
-                f"got {type(model).__name__}"
-            )
-    return Installation(modules)
-
-
-def _modeling(family: str) -> ModuleType:
-    """The modeling module of a family."""
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    missing = [name for name in REPLACEMENTS if not hasattr(module, name)]
-    if missing:
-        from transformers import __version__
-
-        raise NotImplementedError(
-            f"use_gdn_ops: transformers must be 5.15 or newer, got {__version__}, "
-            f"whose {family} has no {missing[0]}"
-        )
-    return module
+@functools.cache
+def replacements(state_dtype: torch.dtype = torch.float32) -> dict[str, Callable[..., Any]]:
+    """``REPLACEMENTS`` for states of a dtype; the same functions at each call, as compilers ask."""
+    if state_dtype == torch.float32:
+        return REPLACEMENTS
+    chunk_rule = functools.partial(chunk_gated_delta_rule, state_dtype=state_dtype)
+    return REPLACEMENTS | {"torch_chunk_gated_delta_rule": chunk_rule}
