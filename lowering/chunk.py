@@ -105,20 +105,26 @@ def _call(
     chunks = FloorDiv(T + tiles.BT - 1, tiles.BT)
     places = B * chunks if cu_seqlens is None else chunks + cu_seqlens.get_size()[0] - 1
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    rows = 3 if use_qk_l2norm else 1
+    rows = kernels.rows_of_decays(use_qk_l2norm, is_scaled=True)
+    weights = _inductor.new_buffer(q, [B, T, HV, tiles.BT], dtype)
     G = _inductor.new_buffer(q, [places, HV, rows, tiles.BT], wide)
     inverse = PREPARE.call(
         {
-            "q": q if use_qk_l2norm else None,
+            "q": q,
             "k": k,
             "g": g,
             "beta": beta,
             "cu_seqlens": cu_seqlens,
             "G": G,
+            "weights": weights,
         },
         _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
-        [Config.of(kernels.PREPARE_WARPS, 1, BT=tiles.BT, BK=tiles.BK, BN=kernels.PREPARE_BN)],
-        mutated=["G"],
+        [
+            Config.of(
+                kernels.prepare_warps(dtype), 1, BT=tiles.BT, BK=tiles.BK, BN=kernels.PREPARE_BN
+            )
+        ],
+        mutated=["G", "weights"],
         call_sizes=[places, H],
         generators=generators,
         HAS_G=g is not None,
@@ -131,7 +137,7 @@ def _call(
     use_descriptors = (
         has_descriptors and dtype != torch.float32 and all(_fits_descriptor(x) for x in (q, k, v))
     )
-    tensors |= {"inverse": _inductor.realize(inverse), "G": G}
+    tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
     return SCAN.call(
         {name: tensors[name] for name in chunk_scan.AXES if name in tensors},
         _inductor.contiguous_layout(v, [B, T, HV, V], dtype),

@@ -145,7 +145,7 @@ class _Call:
         wide = torch.float64 if self.q.get_dtype() == torch.float32 else torch.float32
         rows = 3 if self.use_qk_l2norm else 1
         G = self.new(self.places, self.HV, rows, BT, dtype=wide)
-        warps, bounds = chunk_kernels.PREPARE_WARPS, chunk_kernels.PREPARE_BN
+        warps, bounds = chunk_kernels.prepare_warps(self.q.get_dtype()), chunk_kernels.PREPARE_BN
         inverse = PREPARE.call(
             self.named("q", "k", "g", "beta", "cu_seqlens", G=G),
             self.token_layout(self.q, self.HV, BT),

@@ -40,12 +40,10 @@ class Tiles(NamedTuple):
 
 
 # Chunks of 128 tokens need 40 % more arithmetic, of 32 leave tensor cores waiting. At K = 128 on
-# sm_90 two programs share a multiprocessor at 2 stages, and the scan's loop spills at most one
-# register, but 26 with USE_QK_L2NORM where the output is stored through pointers; at K = 256 it
-# spills about 100. The shared memory fits every GPU since sm_80 and gfx942 (cross-compiled, Triton
-# 3.6.0 and 3.7.1, 2026-11-24). float32 is multiplied without tensor cores: its tiles are those that
-# spill least.
-@functools.cache
+# sm_90 the scan's loop has 640 instructions and spills nothing, and two programs share a
+# multiprocessor at 2 stages; at K = 256 it spills 130. The shared memory fits every GPU since sm_80
+# and gfx942 (cross-compiled, Triton 3.6.0 and 3.7.1, 2026-11-24). float32 is multiplied without
+# tensor cores: its tiles are those that spill least.
 def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Tiles:
     """Tiles for ``heads`` states of ``[V, K]`` on a GPU with ``processors`` multiprocessors."""
     BK = max(16, next_power_of_2(K))
@@ -59,10 +57,18 @@ def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Til
     return Tiles(64, BK, BV, 4, 3 if is_alone else 2)
 
 
-# Two warps: four programs share a multiprocessor and hide each other's barriers; the inverse takes
-# 6600 instructions of a warp for a value head, 8500 with four warps (sm_90, cross-compiled,
-# 2026-11-24).
-PREPARE_WARPS, PREPARE_BN = 2, 128
+# Bounds that ``prepare_kernel`` reads at once.
+PREPARE_BN = 128
+
+
+def prepare_warps(dtype: torch.dtype) -> int:
+    """Warps of ``prepare_kernel``.
+
+    Four have 16 rows each, so that all merges of the inverse but two stay inside a warp: a value
+    head takes 2000 instructions and 32 barriers of each. Without tensor cores the products of keys
+    spill, with eight warps least (sm_90, cross-compiled, 2026-11-24).
+    """
+    return 8 if dtype == torch.float32 else 4
 
 
 def features(index: int | None) -> tuple[int, bool]:
@@ -100,6 +106,11 @@ PRECISION = "ieee"
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+def rows_of_decays(use_qk_l2norm: bool, is_scaled: bool) -> int:
+    """Rows of ``G`` of ``prepare_kernel``."""
+    return 3 if use_qk_l2norm else 1 + is_scaled
+
+
 def prepare(
     q: Tensor,
     k: Tensor,
@@ -110,15 +121,19 @@ def prepare(
     use_qk_l2norm: bool,
     tiles: Tiles,
     is_scaled: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """``G`` and ``inverse`` of ``prepare_kernel``."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``G``, ``inverse`` and with ``is_scaled`` ``weights`` of ``prepare_kernel``."""
     B, T, H, K = k.shape
     wide = torch.float64 if k.dtype == torch.float32 else torch.float32
     places = cdiv(T, tiles.BT)
     places = B * places if cu_seqlens is None else places + cu_seqlens.shape[0] - 1
-    shape = (places, HV, 3 if use_qk_l2norm else 1, tiles.BT)
-    G = torch.empty(shape, dtype=wide, device=k.device)
+    G = torch.empty(
+        (places, HV, rows_of_decays(use_qk_l2norm, is_scaled), tiles.BT),
+        dtype=wide,
+        device=k.device,
+    )
     inverse = torch.empty((B, T, HV, tiles.BT), dtype=k.dtype, device=k.device)
+    weights = torch.empty_like(inverse) if is_scaled else None
     launch(
         prepare_kernel,
         places * H,
@@ -129,6 +144,7 @@ def prepare(
             beta,
             cu_seqlens,
             G,
+            weights,
             inverse,
         ),
         (
@@ -153,10 +169,10 @@ def prepare(
         BT=tiles.BT,
         BK=tiles.BK,
         BN=PREPARE_BN,
-        num_warps=PREPARE_WARPS,
+        num_warps=prepare_warps(k.dtype),
         num_stages=1,
     )
-    return G, inverse
+    return G, inverse, weights
 
 
 def _launch(
@@ -182,7 +198,7 @@ def _launch(
     N = B if cu_seqlens is None else cu_seqlens.shape[0]  # packed: one more, the tokens of none
     processors, has_descriptors = _device(q.device.index)
     tiles = pick(K, V, q.dtype, N * HV, processors)
-    G, inverse = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
+    G, inverse, weights = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     # Descriptors are of use where tensor cores read what they load.
     use_descriptors = has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
@@ -196,6 +212,7 @@ def _launch(
             k,
             v,
             inverse,
+            weights,
             G,
             state,
             final_state,
@@ -232,7 +249,8 @@ def _launch(
         IS_VARLEN=cu_seqlens is not None,
         USE_QK_L2NORM=use_qk_l2norm,
         USE_DESCRIPTORS=use_descriptors,
-        USE_DESCRIPTOR_STORE=use_descriptors and _fits_descriptor(o),
+        # Its tile is the shared memory that a second program would lack.
+        USE_DESCRIPTOR_STORE=use_descriptors and tiles.num_stages > 2 and _fits_descriptor(o),
         INDEX=tl.int32 if o.numel() < 2**31 else tl.int64,
         DOT=_DOT[q.dtype],
         PRECISION=PRECISION,

@@ -116,7 +116,7 @@ def chunk_backward(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tiles = pick_backward(K, V, q.dtype)
     BT = tiles.BT
-    G, inverse = chunk.prepare(
+    G, inverse, _ = chunk.prepare(
         *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm),
         chunk.Tiles(BT, tiles.BK, tiles.BV_SCAN, tiles.warps_scan, tiles.stages_scan),
         is_scaled=False,

@@ -2,28 +2,36 @@
 
 For the tokens i, j of a chunk, with the cumulated log decay ``G`` from the start of the chunk,
 
-    A_ij = beta_i exp(G_i - G_j) <k_i, k_j>   for j < i
+    D_ij = exp(G_i - G_j)                      for j <= i
+    A_ij = beta_i D_ij <k_i, k_j>              for j < i
     X    = (I + A)^-1
 
-One program serves a chunk and a key head, for all value heads that read the key head: ``K K^T`` is
-the same for them. A chunk is aligned to the start of its sequence.
+One program serves a chunk and a key head, for all value heads that read the key head: the products
+of keys and queries are the same for them. A chunk is aligned to the start of its sequence.
 
 Chunks have places, the first dimension of what is stored for each: in a batch ``cdiv(T, BT)`` for a
 sequence; of packed sequences, number n has the places from ``cu_seqlens[n] // BT + n`` on. They are
 at least as many as its chunks, ``cdiv(T, BT) + N`` in all, and no other length need be known.
 
-Tensors, beside those of the glossary (gdn_ops/README.md); what is made here is contiguous:
+Tensors, beside those of the glossary (gdn_ops/README.md); what is made here is contiguous. With
+x_scale = rsqrt(sum(x * x) + 1e-6) where USE_QK_L2NORM, else 1, they are for the scan, where
+IS_SCALED, so that it needs neither beta nor the norms:
 
-    G        [places, HV, ROWS, BT]  log decays, natural logarithm, zero past the sequence: the
-                             cumulated one; with USE_QK_L2NORM also its sums with log q_scale and
-                             log k_scale, where x_scale = rsqrt(sum(x * x) + 1e-6). ROWS is 1 or 3.
-                             float64 where the inputs are float32: ``G`` reaches hundreds, and exp
-                             of a float32 difference of two such sums is off by an order of
-                             magnitude more than the token loop
-    inverse  [B, T, HV, BT]    the main output: row i of X of its chunk, and with IS_SCALED of
-                               diag(k_scale) X diag(beta), so that a scan needs neither beta nor
-                               normalised keys. Rows past cu_seqlens[-1] belong to no chunk and
-                               stay unwritten
+    G        [places, HV, ROWS, BT]  exp(G) q_scale, zero past the sequence; with USE_QK_L2NORM
+                             k_scale / q_scale; last exp(G_last), the same for all tokens
+    inverse  [B, T, HV, BT]    the main output: what each x of chunk_scan.py adds to the state along
+                             each key, row i of diag(exp(G_last - G) k_scale) X diag(beta)
+    weights  [B, T, HV, BT]    what each x adds to each output but for ``scale``: row i of
+                             (D <q, k>) X diag(beta)
+
+and else, where ``weights`` is absent,
+
+    G        the natural logarithms: G; with USE_QK_L2NORM then G + log q_scale, G + log k_scale
+    inverse  row i of X
+
+Rows of tokens past cu_seqlens[-1] belong to no chunk and stay unwritten. ``G`` is float64 where the
+inputs are float32: it reaches hundreds, and exp of a float32 difference of two such sums is off by
+an order of magnitude more than the token loop.
 
 Tiles and flags: ``BT`` tokens of a chunk, 16, 32 or 64; ``BK >= K``; ``BN`` bounds read at once;
 ``DOT`` the dtype of the products of keys; ``PRECISION`` the ``input_precision`` of float32
@@ -43,6 +51,7 @@ AXES = {
     "beta": "bth",
     "cu_seqlens": "n",
     "G": "chrt",
+    "weights": "bthj",
     "inverse": "bthj",
 }
 SIZES = {"T": "k_t"}
@@ -80,84 +89,137 @@ def decay_between(b_G_to, b_G_from, m_valid):
 
 
 @triton.jit
-def diagonal_pairs(a):
-    """The diagonal blocks of ``[G, 2 n, 2 n]``, stacked, ``[2 G, n, n]``, and the lower ones."""
-    n: tl.constexpr = a.shape[1] // 2
-    blocks = tl.permute(tl.reshape(a, (a.shape[0], 2, n, 2, n)), (0, 2, 4, 3, 1))
-    upper, lower = tl.split(blocks)  # [G, n, n, 2]
-    a00, _ = tl.split(upper)
-    a10, a11 = tl.split(lower)
-    stacked = tl.permute(tl.join(a00, a11), (3, 0, 1, 2))
-    return tl.reshape(stacked, (2 * a.shape[0], n, n)), a10
+def split_operand(b_x, DOT: tl.constexpr):
+    """A float32 operand as a sum of two, which tensor cores multiply; float32 stays whole."""
+    b_high = b_x
+    b_low = b_x
+    if not DOT.is_fp32():
+        # bfloat16 has the range of float32, and two of them have 16 of its 24 digits.
+        b_high = b_x.to(tl.bfloat16)
+        b_low = (b_x - b_high.to(tl.float32)).to(tl.bfloat16)
+    return b_high, b_low
 
 
 @triton.jit
-def unstack_pair(xy):
-    """The two halves of a stack ``[2 G, n, n]``."""
-    pair = tl.reshape(xy, (2, xy.shape[0] // 2, xy.shape[1], xy.shape[2]))
-    return tl.split(tl.permute(pair, (1, 2, 3, 0)))
-
-
-@triton.jit
-def join_lower(x00, x10, x11):
-    """``[G, 2 n, 2 n]`` of its three lower blocks, the upper one zero."""
-    n: tl.constexpr = x00.shape[1]
-    columns = tl.join(tl.join(x00, tl.zeros_like(x00)), tl.join(x10, x11))  # [G, n, n, 2, 2]
-    return tl.reshape(tl.permute(columns, (0, 4, 1, 3, 2)), (x00.shape[0], 2 * n, 2 * n))
-
-
-@triton.jit
-def multiply_blocks(x, y, PRECISION: tl.constexpr):
-    """Products of ``[G, n, n]``."""
-    n: tl.constexpr = x.shape[1]
-    if n < 16:
-        xy = tl.sum(x[:, :, :, None] * y[:, None, :, :], 2)
-    elif x.shape[0] == 1:
-        xy = tl.dot(tl.reshape(x, (n, n)), tl.reshape(y, (n, n)), input_precision=PRECISION)
-        xy = tl.reshape(xy, (1, n, n))
+def multiply_split(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The product of two split operands, but for the product of their low parts."""
+    if DOT.is_fp32():
+        b_xy = tl.dot(x[0], y[0], input_precision=PRECISION)
     else:
-        xy = tl.dot(x, y, input_precision=PRECISION)
-    return xy
+        b_xy = tl.dot(x[1], y[0])
+        b_xy = tl.dot(x[0], y[1], b_xy)
+        b_xy = tl.dot(x[0], y[0], b_xy)
+    return b_xy
 
 
 @triton.jit
-def invert_four(b_A, PRECISION: tl.constexpr):
-    """``(I + A)^-1`` of strictly lower ``[G, 4, 4]``, ``(I - A) (I + A A)`` as ``A^4 = 0``."""
-    o_i = tl.arange(0, 4)
-    b_I = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0)[None, :, :]
-    return multiply_blocks(b_I - b_A, b_I + multiply_blocks(b_A, b_A, PRECISION), PRECISION)
+def spread_rows(x):
+    """Both parts of a split ``[BT, k]``, as a batch of 16 rows each."""
+    BT: tl.constexpr = x[0].shape[0]
+    size: tl.constexpr = (BT // 16, 16, x[0].shape[1])
+    return tl.reshape(x[0], size), tl.reshape(x[1], size)
 
 
 @triton.jit
-def merge_blocks(b_X, b_A10, PRECISION: tl.constexpr):
-    """From the inverses of two diagonal blocks, stacked, that of the block made of both."""
-    x00, x11 = unstack_pair(b_X)
-    x10 = multiply_blocks(multiply_blocks(x11, b_A10, PRECISION), x00, PRECISION)
-    return join_lower(x00, -x10, x11)
+def repeat_blocks(y, COUNT: tl.constexpr):
+    """Both parts of a split ``[k, n]``, the same for each of a batch."""
+    size: tl.constexpr = (COUNT, y[0].shape[0], y[0].shape[1])
+    return tl.broadcast_to(y[0][None, :, :], size), tl.broadcast_to(y[1][None, :, :], size)
 
 
 @triton.jit
-def invert_chunk(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """``(I + A)^-1`` of strictly lower ``[BT, BT]``: blocks of 4, then merges of two.
+def multiply_rows(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The product of a split ``[BT, k]`` and ``[k, n]``, 16 rows at a time.
+
+    In one piece it would be a product of a warp group, which reads a narrow ``[k, n]`` at wrong
+    places (Triton 3.6.0 and 3.7.1, https://github.com/triton-lang/triton/issues/11366).
+    """
+    if DOT.is_fp32():
+        b_xy = multiply_split(x, y, DOT, PRECISION)
+    else:
+        BT: tl.constexpr = x[0].shape[0]
+        b_xy = multiply_split(spread_rows(x), repeat_blocks(y, BT // 16), DOT, PRECISION)
+        b_xy = tl.reshape(b_xy, (BT, y[0].shape[1]))
+    return b_xy
+
+
+@triton.jit
+def join_columns(b_x, b_y):
+    """``[b_x, b_y]`` of two ``[BT, n]``."""
+    b_xy = tl.permute(tl.join(b_x, b_y), (0, 2, 1))
+    return tl.reshape(b_xy, (b_x.shape[0], 2 * b_x.shape[1]))
+
+
+@triton.jit
+def spread_pairs(b_x):
+    """Of blocks ``[n, n]``, stacked ``[BT, n]``, block diagonals of two, stacked ``[BT, 2 n]``."""
+    m_odd = (tl.arange(0, b_x.shape[0]) // b_x.shape[1] % 2 == 1)[:, None]
+    b_0 = tl.zeros_like(b_x)
+    return join_columns(tl.where(m_odd, b_0, b_x), tl.where(m_odd, b_x, b_0))
+
+
+@triton.jit
+def batch_blocks(b_x):
+    """Stacked blocks ``[BT, n]`` as ``[BT // n, n, n]``."""
+    n: tl.constexpr = b_x.shape[1]
+    return tl.reshape(b_x, (b_x.shape[0] // n, n, n))
+
+
+@triton.jit
+def is_lower_block(o_i, o_j, n: tl.constexpr):
+    """Whether row and column are in the lower left quarter ``[n, n]`` of a diagonal block."""
+    return (o_i // (2 * n) == o_j // (2 * n)) & (o_i // n > o_j // n)
+
+
+@triton.jit
+def merge_blocks(b_X, b_A, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """From inverses of diagonal blocks, stacked ``[BT, n]``, those of blocks of twice the size.
+
+    The inverse of ``[[a, 0], [b, c]]`` has ``- c^-1 b a^-1`` below its diagonal.
+    """
+    BT: tl.constexpr = b_X.shape[0]
+    n: tl.constexpr = b_X.shape[1]
+    o_i = tl.arange(0, BT)
+    b_L = tl.where(is_lower_block(o_i[:, None], o_i[None, :], n), b_A, 0.0)
+    x, dx = split_operand(b_X, DOT)
+    b_Y = multiply_rows(split_operand(b_L, DOT), (x, dx), DOT, PRECISION)
+    y, dy = split_operand(b_Y, DOT)
+    if n == 16:
+        # Each warp has its block: no other needs to wait.
+        x, dx, y, dy = batch_blocks(x), batch_blocks(dx), batch_blocks(y), batch_blocks(dy)
+        b_Y = tl.reshape(multiply_split((x, dx), (y, dy), DOT, PRECISION), (BT, n))
+    else:
+        x, dx = spread_pairs(x), spread_pairs(dx)
+        b_Y = multiply_rows((x, dx), (y, dy), DOT, PRECISION)
+    m_odd = (o_i // n % 2 == 1)[:, None]
+    return join_columns(tl.where(m_odd, -b_Y, b_X), tl.where(m_odd, b_X, 0.0))
+
+
+@triton.jit
+def invert_chunk(b_A, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """``(I + A)^-1`` of strictly lower ``[BT, BT]``: blocks of 2, then merges of two.
 
     Merging is stable. Powers of the whole of A, the other way without a loop, cancel: they reach
-    thousands where the keys of a chunk are alike.
+    thousands where the keys of a chunk are alike. With four warps all merges but the last two stay
+    inside a warp.
     """
-    b_D = tl.reshape(b_A, (1, BT, BT))
-    if BT == 64:
-        b_D, b_A32 = diagonal_pairs(b_D)
+    o_i = tl.arange(0, BT)
+    b_D = tl.where(o_i[:, None] // 16 == o_i[None, :] // 16, b_A, 0.0)
+    b_D = batch_blocks(tl.sum(tl.reshape(b_D, (BT, BT // 16, 16)), 1))
+    o_r = tl.arange(0, 16)[None, :, None]
+    o_c = tl.arange(0, 16)[None, None, :]
+    b_X = tl.where(o_r == o_c, 1.0, tl.where(o_r // 2 == o_c // 2, -b_D, 0.0))
+    for i in tl.static_range(1, 4):
+        b_L = tl.where(is_lower_block(o_r, o_c, 2**i), b_D, 0.0)
+        x = split_operand(b_X, DOT)
+        b_Y = multiply_split(split_operand(b_L, DOT), x, DOT, PRECISION)
+        b_X -= multiply_split(x, split_operand(b_Y, DOT), DOT, PRECISION)
+    b_X = tl.reshape(b_X, (BT, 16))
     if BT >= 32:
-        b_D, b_A16 = diagonal_pairs(b_D)
-    b_D, b_A8 = diagonal_pairs(b_D)
-    b_D, b_A4 = diagonal_pairs(b_D)
-    b_X = invert_four(b_D, PRECISION)
-    b_X = merge_blocks(b_X, b_A4, PRECISION)
-    b_X = merge_blocks(b_X, b_A8, PRECISION)
-    if BT >= 32:
-        b_X = merge_blocks(b_X, b_A16, PRECISION)
+        b_X = merge_blocks(b_X, b_A, DOT, PRECISION)
     if BT == 64:
-        b_X = merge_blocks(b_X, b_A32, PRECISION)
-    return tl.reshape(b_X, (BT, BT))
+        b_X = merge_blocks(b_X, b_A, DOT, PRECISION)
+    return b_X
 
 
 @triton.jit
@@ -168,6 +230,7 @@ def prepare_kernel(
     beta,
     cu_seqlens,
     G,
+    weights,
     inverse,
     stride_q_b,
     stride_q_t,
@@ -227,42 +290,72 @@ def prepare_kernel(
     p_k = k + i_b * stride_k_b + o_t[:, None] * stride_k_t + i_h * stride_k_h + o_k * stride_k_k
     b_k = tl.load(p_k, m_k, 0.0).to(DOT)
     b_KK = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    if USE_QK_L2NORM:
+    if USE_QK_L2NORM or IS_SCALED:
         p_q = q + i_b * stride_q_b + o_t[:, None] * stride_q_t + i_h * stride_q_h + o_k * stride_q_k
-        b_q = tl.load(p_q, m_k, 0.0).to(tl.float32)
-        b_q_scale = inverse_norm(b_q)
+        b_q = tl.load(p_q, m_k, 0.0).to(DOT)
+    if IS_SCALED:
+        b_QK = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if USE_QK_L2NORM:
+        b_q_scale = inverse_norm(b_q.to(tl.float32))
         b_k_scale = inverse_norm(b_k.to(tl.float32))
         b_KK *= b_k_scale[:, None] * b_k_scale[None, :]
-    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
+        if IS_SCALED:
+            b_QK *= b_q_scale[:, None] * b_k_scale[None, :]
+    b_KK = tl.where(o_i[:, None] > o_i[None, :], b_KK, 0.0)
+    m_pairs = o_i[:, None] >= o_i[None, :]
+    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else (2 if IS_SCALED else 1)
 
-    m_lower = o_i[:, None] > o_i[None, :]
     for i_r in range(tl.where(i_chunk * BT < length, R, 0)):
         i_hv = i_h * R + i_r
         if HAS_G:
             p_g = g + i_b * stride_g_b + o_t * stride_g_t + i_hv * stride_g_h
             b_g = tl.load(p_g, m_t, 0.0).to(G.dtype.element_ty)
             # exp of this is zero in float32. Beyond it, sums would only lose digits, or be NaN.
-            b_G = tl.cumsum(tl.where(b_g < -104.0, -104.0, b_g), 0)
+            b_g = tl.where(b_g < -104.0, -104.0, b_g)
         else:
-            b_G = tl.zeros((BT,), G.dtype.element_ty)
+            b_g = tl.zeros((BT,), G.dtype.element_ty)
+        b_G = tl.cumsum(b_g, 0)
         p_G = G + (i_c.to(tl.int64) * HV + i_hv) * (ROWS * BT) + o_i
-        tl.store(p_G, tl.where(m_t, b_G, 0.0))
-        if USE_QK_L2NORM:
-            b_Gq = b_G + tl.log(b_q_scale.to(b_G.dtype))
-            b_Gk = b_G + tl.log(b_k_scale.to(b_G.dtype))
-            tl.store(p_G + BT, tl.where(m_t, b_Gq, 0.0))
-            tl.store(p_G + 2 * BT, tl.where(m_t, b_Gk, 0.0))
+        if IS_SCALED:
+            b_last = tl.sum(b_g, 0) * 1.4426950408889634
+            b_row = tl.exp2((b_G * 1.4426950408889634).to(tl.float32))
+            if USE_QK_L2NORM:
+                b_row *= b_q_scale
+                tl.store(p_G + BT, tl.where(m_t, b_k_scale / b_q_scale, 0.0))
+            tl.store(p_G, tl.where(m_t, b_row, 0.0))
+            tl.store(p_G + (ROWS - 1) * BT, tl.exp2(b_last + tl.zeros_like(b_G)))
+        else:
+            tl.store(p_G, tl.where(m_t, b_G, 0.0))
+            if USE_QK_L2NORM:
+                b_Gq = b_G + tl.log(b_q_scale.to(b_G.dtype))
+                b_Gk = b_G + tl.log(b_k_scale.to(b_G.dtype))
+                tl.store(p_G + BT, tl.where(m_t, b_Gq, 0.0))
+                tl.store(p_G + 2 * BT, tl.where(m_t, b_Gk, 0.0))
         b_G *= 1.4426950408889634
-        b_A = b_KK * decay_between(b_G[:, None], b_G[None, :], m_lower)
+        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs)
+        b_A = b_KK * b_D
         if HAS_BETA:
-            p_beta = beta + i_b * stride_beta_b + o_t * stride_beta_t + i_hv * stride_beta_h
-            b_beta = tl.load(p_beta, m_t, 0.0).to(tl.float32)
+            # Of a load of BT each thread would do its own again for the columns.
+            o_2 = i_chunk * BT + tl.arange(0, 2 * BT) // 2
+            p_beta = beta + i_b * stride_beta_b + i_hv * stride_beta_h
+            p_beta += (i_start + o_2).to(tl.int64) * stride_beta_t
+            b_beta = tl.load(p_beta, o_2 < length, 0.0).to(tl.float32)
+            b_beta, _ = tl.split(tl.reshape(b_beta, (BT, 2)))
             b_A *= b_beta[:, None]
-        b_X = invert_chunk(b_A, BT, PRECISION)
-        if IS_SCALED and HAS_BETA:
-            b_X *= b_beta[None, :]
-        if IS_SCALED and USE_QK_L2NORM:
-            b_X *= b_k_scale[:, None]
+        if IS_SCALED:
+            b_P = (b_QK * b_D).to(DOT)
+        b_X = invert_chunk(b_A, BT, DOT, PRECISION)
+        if IS_SCALED:
+            if HAS_BETA:
+                b_X *= b_beta[None, :]
+            b_W = tl.dot(b_P, b_X.to(DOT), input_precision=PRECISION)
+            p_W = weights + ((i_b * T + i_start + i_chunk * BT) * HV + i_hv) * BT
+            p_W += o_i[:, None] * (HV * BT) + o_i[None, :]
+            tl.store(p_W, b_W.to(weights.dtype.element_ty), m_t[:, None])
+            b_tail = tl.exp2((b_last - b_G).to(tl.float32))
+            if USE_QK_L2NORM:
+                b_tail *= b_k_scale
+            b_X *= b_tail[:, None]
         store_output(
             inverse,
             (i_b, o_t[:, None], i_hv, o_i[None, :]),

@@ -5,16 +5,16 @@ regard to most texts: ``S [V, K]``. It walks the chunks, and every product has i
 registers, where the product before left it (columns are tokens):
 
     x  = v^T - exp(G) (S k^T)
-    u  = x inverse^T                      what each token writes
-    o  = (exp(G) (S q^T) + u P) scale     P_ij = exp(G_j - G_i) <k_i, q_j> for i <= j
-    S' = exp(G_last) S + (exp(G_last - G) u) k
+    o  = (exp(G) (S q^T) + x weights^T) scale
+    S' = exp(G_last) S + (x inverse^T) k
 
-where ``inverse`` has beta folded into it. With USE_QK_L2NORM keys and queries come as they are, and
-their norms are factors of tokens, with which prepare has multiplied ``inverse`` and the decays of
-``x``, ``o`` and ``P``.
+``inverse`` and ``weights``, from chunk_prepare.py, are all that the tokens of a chunk do to each
+other; beta and the decays between tokens are in them. With USE_QK_L2NORM keys and queries come as
+they are, and their norms are in those two and in the factors of the columns.
 
 Tensors, beside those of the glossary and of chunk_prepare.py:
 
+    decays       ``G`` of chunk_prepare.py
     state        read: the initial states, or the pool
     final_state  written: the final states, or with IS_POOL the pool once more
 
@@ -28,7 +28,7 @@ is fused into its store: both need heads that start and end at multiples of 16 b
 import triton
 import triton.language as tl
 
-from .chunk_prepare import decay_between, load_bounds
+from .chunk_prepare import load_bounds
 from .output import store_output
 
 AXES = {
@@ -36,7 +36,8 @@ AXES = {
     "k": "bthk",
     "v": "bthv",
     "inverse": "bthj",
-    "G": "chrt",
+    "weights": "bthj",
+    "decays": "chrt",
     "state": "nhvk",
     "final_state": "nhvk",
     "state_indices": "n",
@@ -54,7 +55,8 @@ def scan_kernel(
     k,
     v,
     inverse,
-    G,
+    weights,
+    decays,
     state,
     final_state,
     state_indices,
@@ -163,12 +165,14 @@ def scan_kernel(
     p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
     p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
-    p_inverse = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
+    o_block = ((i_b * T + i_first) * HV + i_hv) * BT
+    p_inverse = inverse + o_block
+    p_weights = weights + o_block
     i_place = i_b * tl.cdiv(T, BT)
     if IS_VARLEN:
         i_place = i_first // BT + i_n
-    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
-    p_G = G + (i_place * HV + i_hv) * (ROWS * BT)
+    ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 2
+    p_decays = decays + (i_place * HV + i_hv) * (ROWS * BT)
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = tl.maximum(length, 1)
     places = tl.cdiv(rows, BT) * BT
@@ -177,61 +181,62 @@ def scan_kernel(
         d_k = tl.make_tensor_descriptor(p_k, [rows, K], [stride_k_t, 1], [BT, BK])
         d_v = tl.make_tensor_descriptor(p_v, [rows, V], [stride_v_t, 1], [BT, BV])
         d_inverse = tl.make_tensor_descriptor(p_inverse, [rows, BT], [HV * BT, 1], [BT, BT])
-        d_G = tl.make_tensor_descriptor(p_G, [places * (HV * ROWS)], [1], [BT])
+        d_weights = tl.make_tensor_descriptor(p_weights, [rows, BT], [HV * BT, 1], [BT, BT])
+        d_decays = tl.make_tensor_descriptor(p_decays, [places * (HV * ROWS)], [1], [BT])
     if USE_DESCRIPTOR_STORE:
         p_o = o + i_b * stride_o_b + i_first * stride_o_t + i_hv * stride_o_h
         d_o = tl.make_tensor_descriptor(p_o, [rows, V], [stride_o_t, 1], [BT, BV])
 
-    m_pairs = o_i[:, None] <= o_i[None, :]
+    # Read a chunk ahead: Triton does so only for what leads to the operands of a product.
+    p_last = p_decays + (ROWS - 1) * BT
+    b_next = tl.load(p_last, valid > 0, 0.0)
     for i_t in range(0, length, BT):
         o_t = i_t + o_i
         m_t = o_t < valid
+        o_row = o_t.to(tl.int64)[:, None]
+        # Past the end where no token is valid.
+        i_row = tl.where(valid > 0, i_t, places)
+        b_last = b_next
+        p_last += HV * ROWS * BT
+        b_next = tl.load(p_last, i_t + BT < valid, 0.0)
+
+        # The order of loads and products is that which needs the fewest registers.
         if USE_DESCRIPTORS:
-            # Past the end where no token is valid.
-            i_row = tl.where(valid > 0, i_t, places)
             b_k = d_k.load([i_row, 0])
             b_q = d_q.load([i_row, 0])
-            b_v = d_v.load([i_row, i_v * BV])
-            b_inverse = d_inverse.load([i_row, 0])
-            i_G = i_row * (HV * ROWS)
-            b_G = d_G.load([i_G])
-            if USE_QK_L2NORM:
-                b_Gq = d_G.load([i_G + BT])
-                b_Gk = d_G.load([i_G + 2 * BT])
         else:
-            o_row = o_t.to(tl.int64)[:, None]
             m_k = m_t[:, None] & (o_k < K)[None, :]
-            m_v = m_t[:, None] & (o_v < V)[None, :]
             b_k = tl.load(p_k + o_row * stride_k_t + o_k[None, :] * stride_k_k, m_k, 0.0)
             b_q = tl.load(p_q + o_row * stride_q_t + o_k[None, :] * stride_q_k, m_k, 0.0)
-            b_v = tl.load(p_v + o_row * stride_v_t + o_v[None, :] * stride_v_v, m_v, 0.0)
-            b_inverse = tl.load(p_inverse + o_row * (HV * BT) + o_i[None, :], m_t[:, None], 0.0)
-            p_Gt = p_G + i_t * (HV * ROWS) + o_i
-            b_G = tl.load(p_Gt, m_t, 0.0)
-            if USE_QK_L2NORM:
-                b_Gq = tl.load(p_Gt + BT, m_t, 0.0)
-                b_Gk = tl.load(p_Gt + 2 * BT, m_t, 0.0)
-        if not USE_QK_L2NORM:
-            b_Gq = b_G
-            b_Gk = b_G
-        p_last = p_G + i_t * (HV * ROWS) + tl.minimum(BT, valid - i_t) - 1
-        b_last = tl.load(p_last, valid > 0, 0.0) * 1.4426950408889634
-        b_G *= 1.4426950408889634
-        b_Gq *= 1.4426950408889634
-        b_Gk *= 1.4426950408889634
-
-        # The order of what follows is that which needs the fewest registers.
         b_Sd = b_S.to(DOT)
         b_x = tl.dot(b_Sd, tl.trans(b_k).to(DOT), input_precision=PRECISION)
         b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION)
-        b_o *= tl.exp2(b_Gq.to(tl.float32))[None, :]
-        b_x = tl.trans(b_v).to(tl.float32) - b_x * tl.exp2(b_Gk.to(tl.float32))[None, :]
-        b_u = tl.dot(b_x.to(DOT), tl.trans(b_inverse).to(DOT), input_precision=PRECISION)
-        b_P = tl.dot(b_k.to(DOT), tl.trans(b_q).to(DOT), input_precision=PRECISION)
-        b_P *= decay_between(b_Gq[None, :], b_G[:, None], m_pairs)
-        b_o = tl.dot(b_u.to(DOT), b_P.to(DOT), b_o, input_precision=PRECISION) * scale
-        b_u *= tl.exp2(tl.minimum(b_last - b_G, 0.0).to(tl.float32))[None, :]
-        b_S *= tl.exp2(b_last.to(tl.float32))
+        if USE_DESCRIPTORS:
+            b_decay = d_decays.load([i_row * (HV * ROWS)])
+            if USE_QK_L2NORM:
+                b_ratio = d_decays.load([i_row * (HV * ROWS) + BT])
+            b_v = d_v.load([i_row, i_v * BV])
+            b_inverse = d_inverse.load([i_row, 0])
+            b_weights = d_weights.load([i_row, 0])
+        else:
+            p_decay = p_decays + i_t * (HV * ROWS) + o_i
+            b_decay = tl.load(p_decay, m_t, 0.0)
+            if USE_QK_L2NORM:
+                b_ratio = tl.load(p_decay + BT, m_t, 0.0)
+            m_v = m_t[:, None] & (o_v < V)[None, :]
+            b_v = tl.load(p_v + o_row * stride_v_t + o_v[None, :] * stride_v_v, m_v, 0.0)
+            o_pair = o_row * (HV * BT) + o_i[None, :]
+            b_inverse = tl.load(p_inverse + o_pair, m_t[:, None], 0.0)
+            b_weights = tl.load(p_weights + o_pair, m_t[:, None], 0.0)
+        b_decay = b_decay.to(tl.float32)
+        b_o *= b_decay[None, :]
+        if USE_QK_L2NORM:
+            # The decay of keys by way of that of queries, which would else not be read ahead.
+            b_decay *= b_ratio.to(tl.float32)
+        b_x = (tl.trans(b_v).to(tl.float32) - b_x * b_decay[None, :]).to(DOT)
+        b_u = tl.dot(b_x, tl.trans(b_inverse).to(DOT), input_precision=PRECISION)
+        b_o = tl.dot(b_x, tl.trans(b_weights).to(DOT), b_o, input_precision=PRECISION) * scale
+        b_S *= b_last.to(tl.float32)
         b_S = tl.dot(b_u.to(DOT), b_k.to(DOT), b_S, input_precision=PRECISION)
         b_o = tl.trans(b_o)
         if USE_DESCRIPTOR_STORE:
