@@ -70,7 +70,7 @@ class AssistedGeneration:
         draft = arguments["assistant_model"]
         _check_draft(self._model, draft)
         cache = arguments["model_kwargs"]["past_key_values"]
-        _check_batch(cache, arguments["input_ids"])
+        _check_cache(cache)
         generator = self._make_generator(**arguments)
         own = _keep_slots(cache, VerifySlots, self._state_dtype)
         drafting: list[Slots] = []
@@ -122,9 +122,10 @@ def assisted_generation(
 
     Raises:
         ValueError: ``model`` has no layer that is served, or no ``generate``. While it generates: a
-            draft model of another vocabulary, or a cache of another batch size.
+            draft model of another vocabulary, or more than one prompt.
         NotImplementedError: this release of transformers cannot take back tokens. While it
-            generates: candidates that are drafted in another way, layers with several states.
+            generates: a cache that holds tokens, candidates that are drafted in another way, layers
+            with several states.
 
     Source: Leviathan et al. 2023, Fast inference from transformers via speculative decoding
     (https://arxiv.org/abs/2211.17192); tests/test_assisted.py.
@@ -154,14 +155,13 @@ def _check_draft(model: PreTrainedModel, draft: PreTrainedModel | None) -> None:
         )
 
 
-def _check_batch(cache: DynamicCache, ids: Tensor) -> None:
-    for layer in cache.layers:
-        keys = getattr(layer, "keys", None)
-        if keys is not None and keys.shape[0] != ids.shape[0]:
-            raise ValueError(
-                f"assisted_generation: past_key_values must have the batch size of the prompt, "
-                f"{ids.shape[0]}, got {keys.shape[0]}"
-            )
+def _check_cache(cache: DynamicCache) -> None:
+    # transformers 5.23 feeds the whole prompt again after what such a cache holds, and so generates
+    # a wrong text without a word, with models of attention alone too.
+    if (length := int(cache.get_seq_length())) > 0:
+        raise NotImplementedError(
+            f"assisted_generation: past_key_values must be empty, got a cache of {length} tokens"
+        )
 
 
 def _keep_slots(cache: DynamicCache, kind: type[Slots], state_dtype: torch.dtype) -> list[Slots]:
@@ -176,9 +176,6 @@ def _keep_slots(cache: DynamicCache, kind: type[Slots], state_dtype: torch.dtype
                     f"assisted_generation: layer {i} of the cache must have one recurrent state, "
                     f"got {type(layer).__name__} of {layer.number_of_states}"
                 )
-            slots = kind(1, state_dtype)
-            if layer.has_previous_state[0]:
-                slots.start_from(layer.conv_states[0], layer.recurrent_states[0])
-            cache.layers[i] = layer = SlotLayer(slots)
+            cache.layers[i] = layer = SlotLayer(kind(1, state_dtype))
         found.append(layer.slots)
     return found

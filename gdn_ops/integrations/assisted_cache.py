@@ -32,12 +32,7 @@ class Slots(SlotState):
         self._state_dtype = state_dtype
         self._state: Tensor | None = None  # [S, B, HV, V, K]
         self._conv: Tensor | None = None
-        self._first: tuple[Tensor, Tensor] | None = None
         self._convolved = 0  # tokens of which the gated delta rule has not heard yet
-
-    def start_from(self, conv_state: Tensor, state: Tensor) -> None:
-        """Go on from the ``conv_state [B, D, W]`` and ``state [B, HV, K, V]`` of another cache."""
-        self._first = (conv_state, state)
 
     def reserve(self, S: int) -> None:
         """Have at least ``S`` slots a row."""
@@ -72,8 +67,6 @@ class Slots(SlotState):
         if self._state is None:
             dtype = torch.float64 if v.dtype == torch.float64 else self._state_dtype
             self._state = v.new_zeros(self.S, B, HV, V, q.shape[-1], dtype=dtype)
-            if self._first is not None:
-                self._state[self._column()] = self._first[1].transpose(-1, -2)
         head = max(0, T - self.S)
         parts = []
         if head > 0:
@@ -90,10 +83,6 @@ class Slots(SlotState):
         B = self._state.shape[1]
         rows = torch.arange(B, dtype=torch.int32, device=like.device)
         return torch.tensor(columns, dtype=torch.int32, device=like.device) * B + rows[:, None]
-
-    def _history(self, weight: Tensor) -> Tensor | None:
-        """The inputs that ``start_from`` gave, ``[B, D, W - 1]``."""
-        return None if self._first is None else self._first[0][:, :, 1 - weight.shape[1] :]
 
     @abstractmethod
     def _column(self) -> int:
@@ -128,8 +117,6 @@ class VerifySlots(Slots):
         W = weight.shape[1]
         if self._conv is None:
             self._conv = x.new_zeros(B, D, W - 1 + self.S - 1)
-            if (history := self._history(weight)) is not None:
-                self._conv[:, :, : W - 1] = history
         head = max(0, T - self.S)
         parts = []
         if head > 0:
@@ -183,8 +170,6 @@ class DraftSlots(Slots):
         W = weight.shape[1]
         if self._conv is None:
             self._conv = x.new_zeros(self.S, B, D, W - 1)
-            if (history := self._history(weight)) is not None:
-                self._conv[self._last] = history
         recent = self._conv[self._last]
         y, _ = causal_conv1d(x, weight, bias, recent, activation=activation)
         windows = torch.cat([recent, x.transpose(1, 2)], 2).unfold(2, W - 1, 1)  # [B, D, T+1, W-1]
