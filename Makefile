@@ -38,7 +38,7 @@ train: $(STAMP)
 
 # On a machine with a GPU and its own torch, in the Python that has it: nothing is set up.
 gpu-test:
-	GDN_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu --ignore tests/interpreted $(ARGS)
+	$(PYTHON) .ci/gpu_test.py $(ARGS)
 
 gpu-bench:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

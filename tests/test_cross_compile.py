@@ -324,3 +324,9 @@ def test_products_of_16_bit_operands_run_on_tensor_cores(facts, case):
         "gfx942": r"v_mfma_f32_\w+_bf16",
     }[case.arch]
     assert sum(n for op, n in facts.opcodes.items() if re.match(expected, op)) >= 4
+
+
+@pytest.mark.parametrize("case", _params([c for c in PRODUCTS if c.arch == "sm_90"]))
+def test_no_warp_group_multiplies_by_a_narrow_transposed_operand(facts):
+    """Triton reads it at wrong places: https://github.com/triton-lang/triton/issues/11366."""
+    assert not re.search(r"HGMMA\.64x(8|16|24|32)x16\S* .*\.tnspB", facts.assembly)

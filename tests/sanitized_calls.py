@@ -1,0 +1,78 @@
+"""Every operator and its gradient once more, for NVIDIA's compute-sanitizer to watch.
+
+    compute-sanitizer --tool memcheck python tests/sanitized_calls.py
+
+Results are not compared here, the tests of the operators do that: the sanitizer sees what no result
+shows, accesses outside of a tensor, shared memory without a barrier between its writer and its
+reader, memory that is read before it is written. Lengths are ragged, packed ones include an empty
+sequence, and pools have slots that no sequence names.
+"""
+
+import itertools
+import sys
+
+import torch
+from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_state
+
+import gdn_ops
+
+LENGTHS = (33, 0, 70)
+# Heads of a model, which tensor cores and descriptors serve; and odd ones, which they do not.
+SIZES = ((2, 4, 128, 128), (1, 3, 24, 40))
+
+
+def delta_rule(dtype, packed, sizes):
+    """Prefill, decode and verify on pools, and the gradients of prefill."""
+    _, HV, K, V = sizes
+    N = len(LENGTHS)
+    shape = (1, sum(LENGTHS) + 5) if packed else (N, 100)
+    bounds = cu_seqlens(LENGTHS, device="cuda") if packed else None
+    tokens = make_inputs(*shape, *sizes, dtype, device="cuda")
+    state = make_state(N, HV, V, K, device="cuda")
+    pool = make_state(4 * N + 1, HV, V, K, dtype, device="cuda")
+    slots = indices([4, -1, 2], device="cuda")
+    table = indices(range(4 * N), device="cuda").view(N, 4)
+    options = {"use_qk_l2norm": packed}
+    gdn_ops.chunk_(*tokens, pool, slots, cu_seqlens=bounds, **options)
+    gdn_ops.recurrent(*tokens, state, bounds, **options)
+    step = tokens.rows(slice(None), slice(0, 1 if packed else 4))
+    if packed:
+        gdn_ops.recurrent_(*step, pool, slots[:1], **options)
+    else:
+        accepted = indices([1, 4, 2], device="cuda")
+        gdn_ops.recurrent_(*step, pool, table, accepted, **options)
+    leaves = [x.requires_grad_() for x in (*tokens, state)]
+    o, final_state = gdn_ops.chunk(*leaves, bounds, **options)
+    torch.autograd.grad([o.float().sum(), final_state.sum()], leaves)
+
+
+def convolution(dtype, packed, D):
+    """Whole sequences and their gradients, then the next tokens on a pool."""
+    N, W = len(LENGTHS), 4
+    shape = (1, sum(LENGTHS) + 5) if packed else (N, 100)
+    bounds = cu_seqlens(LENGTHS, device="cuda") if packed else None
+    x, weight, bias = make_convolution(*shape, D, W, dtype, device="cuda")
+    history = torch.zeros(N, D, W - 1, device="cuda", dtype=dtype)
+    leaves = [x.requires_grad_() for x in (x, weight, bias, history)]
+    y, _ = gdn_ops.causal_conv1d(*leaves, bounds, activation="silu")
+    torch.autograd.grad(y.float().sum(), leaves)
+    if not packed:
+        pool = torch.zeros(9, D, W - 1 + 3, device="cuda", dtype=dtype)
+        slots, accepted = indices([4, -1, 2], device="cuda"), indices([1, 4, 2], device="cuda")
+        with torch.no_grad():
+            gdn_ops.causal_conv1d_(x[:, :4], weight, bias, pool, slots, accepted)
+
+
+def main(names):
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    for name, packed in itertools.product(names or dtypes, (False, True)):
+        for sizes in SIZES:
+            delta_rule(dtypes[name], packed, sizes)
+        for D in (256, 42):
+            convolution(dtypes[name], packed, D)
+        torch.cuda.synchronize()
+        print("called all with", name, "packed" if packed else "batches", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
