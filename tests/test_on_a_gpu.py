@@ -145,3 +145,47 @@ def test_a_launch_from_python_takes_less_than_30_us():
 
     microseconds()
     assert min(microseconds() for _ in range(5)) < 30
+
+
+def test_a_repeated_call_honours_its_stream_and_its_addresses():
+    """What a plan of an earlier call must not carry over; each is compared with a first call."""
+    tokens = make_inputs(3, 1, *SIZES, torch.bfloat16, device="cuda")
+    table = indices([2, 0, 1], device="cuda")
+    start = make_state(3, HV, V, K, device="cuda")
+    expected = start.clone()
+    o = gdn_ops.recurrent_(*tokens, expected, table)
+
+    def moved(x, by):
+        """A copy of ``x`` whose address is ``by`` elements past a multiple of 16 bytes."""
+        return (
+            torch.empty(x.numel() + 8, dtype=x.dtype, device="cuda")[by : by + x.numel()]
+            .view(x.shape)
+            .copy_(x)
+        )
+
+    side = torch.cuda.Stream()
+    for by in (0, 1, 0):
+        pool = start.clone()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            late = pool.zero_().copy_(start)  # on the side stream, as the launch has to be
+            actual = gdn_ops.recurrent_(*(moved(x, by) for x in tokens), late, table)
+        side.synchronize()
+        assert_bitwise_equal(actual, o, "o")
+        assert_bitwise_equal(pool, expected, "pool")
+
+
+def test_a_repeated_call_is_captured_by_a_cuda_graph():
+    tokens = make_inputs(3, 1, *SIZES, torch.bfloat16, device="cuda")
+    pool, expected = (make_state(3, HV, V, K, device="cuda") for _ in range(2))
+    for _ in range(2):
+        gdn_ops.recurrent_(*tokens, pool)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gdn_ops.recurrent_(*tokens, pool)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(5):
+        gdn_ops.recurrent_(*tokens, expected)
+    assert_bitwise_equal(pool, expected, "pool")

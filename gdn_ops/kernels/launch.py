@@ -1,17 +1,11 @@
-"""Launching a kernel with little work in Python.
+"""Launching a kernel."""
 
-Triton looks at every argument of every launch to find the binary that serves it, 60 us for the 70
-arguments of a kernel here. What it looks at is remembered instead, and the binary with it.
-"""
-
+import contextlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
-# Binaries by what they were compiled for. Lengths are part of it, so it is emptied when it is full.
-_BINARIES: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-_MOST_BINARIES = 4096
+from .plan import active_recorder
 
 
 def launch(
@@ -34,23 +28,15 @@ def launch(
         num_stages: Stages of its loops' pipelines.
         constants: The other arguments, by name.
     """
-    kinds = tuple([x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors])
-    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-    key = (kernel, kinds, numbers, *constants.values(), num_warps, num_stages, device)
-    found = _BINARIES.get(key)
-    if found is not None:
-        binary, values = found
-        binary[(programs, 1, 1)](*tensors, *numbers, *values)
-        return
-    binary = kernel[(programs,)](
-        *tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages
-    )
-    # The interpreter returns nothing.
-    if binary is not None:
-        if len(_BINARIES) >= _MOST_BINARIES:
-            _BINARIES.clear()
+    recorder = active_recorder()
+    with contextlib.nullcontext() if recorder is None else recorder.paused():
+        binary = kernel[(programs,)](
+            *tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages
+        )
+    if recorder is not None:
         names = kernel.arg_names[len(tensors) + len(numbers) :]
-        _BINARIES[key] = (binary, tuple(constants[name] for name in names))
+        others = (*numbers, *(constants[name] for name in names))
+        recorder.note_launch(binary, programs, tensors, others)
 
 
 def strides(x: Tensor | None, rank: int) -> tuple[int, ...]:

@@ -1,0 +1,256 @@
+"""Calls are planned once and then repeated: what may share a plan, and what a plan repeats."""
+
+import ctypes
+import types
+
+import pytest
+import torch
+
+from gdn_ops import _plans
+from gdn_ops._plans import Plans, call_key, matcher
+
+pytest.importorskip("triton")
+from triton.runtime import driver  # noqa: TID253
+
+from gdn_ops.kernels import plan as plans
+from gdn_ops.kernels.launch import launch
+
+
+def _tensors():
+    """Three tensors, of which the first two are alike, and none."""
+    return torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(4), None
+
+
+def _with(place, x):
+    args = list(_tensors())
+    args[place] = x
+    return tuple(args)
+
+
+OTHERS = {
+    "a shape": (_with(0, torch.zeros(3, 8)), {}),
+    "a rank": (_with(2, torch.zeros(4, 1)), {}),
+    "strides": (_with(1, torch.zeros(8, 2).T), {}),
+    "strides of a dimension of one": (_with(0, torch.zeros(2, 8).as_strided((1, 8), (3, 1))), {}),
+    "an expanded dimension": (_with(1, torch.zeros(8).expand(2, 8)), {}),
+    "a dtype": (_with(0, torch.zeros(2, 8, dtype=torch.int32)), {}),
+    "a device": (_with(1, torch.zeros(2, 8, device="meta")), {}),
+    "an address": (_with(0, torch.zeros(17)[1:].view(2, 8)), {}),
+    "one tensor less": (_with(0, None), {}),
+    "one tensor more": (_with(3, torch.zeros(2, 8)), {}),
+    "another that is absent": ((torch.zeros(2, 8), None, torch.zeros(4), torch.zeros(2, 8)), {}),
+    "fewer arguments": (_tensors()[:3], {}),
+    "an option": (_tensors(), {"scale": 1.0}),
+    "the name of an equal option": (_tensors(), {"use_qk_l2norm": True}),
+}
+CALLS = {"itself": (_tensors(), {})} | OTHERS
+
+
+@pytest.mark.parametrize("first", CALLS)
+def test_calls_that_differ_in_anything_never_share_a_plan(first):
+    match = matcher(*CALLS[first])
+    for other in CALLS:
+        if other != first:
+            assert call_key(*CALLS[other]) != call_key(*CALLS[first]), other
+            assert match(*CALLS[other]) is None, other
+
+
+@pytest.mark.parametrize("first", CALLS)
+def test_calls_that_are_alike_share_a_plan(first):
+    args, keywords = CALLS[first]
+    again = tuple(x if x is None else x.clone() if x.is_contiguous() else x for x in args)
+    if first != "an address":
+        assert call_key(again, keywords) == call_key(args, keywords)
+
+
+def test_a_matcher_finds_the_addresses_of_this_call():
+    match = matcher(_tensors(), {"scale": 2.0})
+    args = _tensors()
+    tensors, pointers = match(args, {"scale": 2.0})
+    assert all(x is y for x, y in zip(tensors, args, strict=False))
+    assert pointers == [x.data_ptr() for x in args[:3]]
+
+
+def test_calls_share_a_plan_without_the_guards_of_torch(monkeypatch):
+    monkeypatch.setattr(_plans, "TensorGuards", None)
+    found = Plans()
+    found.add(_tensors(), {}, "plan")
+    match, _ = found.recent
+    assert match(_tensors(), {}) is None
+    plan, (tensors, pointers) = found.find(_tensors(), {})
+    assert (plan, len(tensors), len(pointers)) == ("plan", 3, 3)
+    assert found.find(*OTHERS["strides"]) == (None, None)
+
+
+def test_a_matcher_keeps_no_tensor_alive():
+    import weakref
+
+    args = _tensors()
+    match = matcher(args, {})
+    alive = weakref.ref(args[0])
+    del args
+    assert alive() is None
+    assert match(_tensors(), {}) is not None
+
+
+def test_the_number_of_plans_is_bounded(monkeypatch):
+    monkeypatch.setattr(_plans, "MOST_PLANS", 4)
+    found = Plans()
+    for n in range(1, 12):
+        found.add((torch.zeros(n),), {}, n)
+        assert len(found) <= 4
+        assert found.find((torch.zeros(n),), {})[0] == n
+
+
+class Doubling:
+    """A kernel for CPU memory: ``y[i] = factor * x[i]``, in the shape of a compiled one of Triton.
+
+    It reads and writes through addresses, as a kernel does. ``arg_names`` and ``binary[grid]`` are
+    what ``launch`` uses; ``run`` and ``function`` what a plan uses.
+    """
+
+    arg_names = ("x", "y", "n", "factor")
+
+    def __init__(self):
+        self.metadata = types.SimpleNamespace(global_scratch_size=0, profile_scratch_size=0)
+        self.packed_metadata, self.function = (1, 1, 0), 7
+        self.launch_cooperative_grid = self.launch_pdl = False
+        self.streams, self.compiled = [], 0
+        self.run = self
+        self.hooked = []
+
+    def __getitem__(self, grid):
+        def first(x, y, n, *, factor, num_warps, num_stages):
+            self.compiled += 1
+            self._compute(x.data_ptr(), y.data_ptr(), n, factor)
+            return self
+
+        return first
+
+    def launch_metadata(self, grid, stream, *args):
+        return {"grid": grid}
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, before, after, *args):
+        self.streams.append(stream)
+        if before is not None:
+            before(metadata)
+        self._compute(*args)
+        if after is not None:
+            after(metadata)
+
+    def launch(self, x, y, z, stream, function, cooperative, pdl, scratch, profile, *rest):
+        """The C function of Triton 3.6."""
+        self(x, y, z, stream, function, *rest)
+
+    def _compute(self, x, y, n, factor):
+        source, target = ((ctypes.c_float * n).from_address(p) for p in (x, y))
+        target[:] = [factor * value for value in source]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel, and a driver whose streams are numbered."""
+    stand_in = types.SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: stand_in.stream, stream=0
+    )
+    monkeypatch.setattr(driver, "_active", stand_in, raising=False)
+    monkeypatch.setattr(type(driver), "active", property(lambda self: stand_in))
+    result = Doubling()
+    result.driver = stand_in
+    return result
+
+
+def _launching(kernel, x, factor=2.0, before=None):
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch(kernel, 1, (x, y), (x.numel(),), 1, 1, factor=factor)
+    return y
+
+
+def _planned(call, *args):
+    result, plan = plans.record(lambda: call(*args), args)
+    return result, plan
+
+
+def _repeat(plan, *tensors):
+    return plan(tensors, [x.data_ptr() for x in tensors])
+
+
+def test_a_plan_repeats_a_call_on_other_tensors(kernel):
+    first, plan = _planned(lambda x: _launching(kernel, x), torch.ones(2, 8))
+    x = torch.arange(16.0).view(2, 8)
+    results = [_repeat(plan, x) for _ in range(3)]
+    assert torch.equal(first, torch.full((2, 8), 2.0))
+    assert kernel.compiled == 1
+    for y in results:
+        assert torch.equal(y, 2 * x)
+    assert len({y.data_ptr() for y in results}) == 3
+
+
+def test_a_plan_repeats_what_torch_did_between_the_launches(kernel):
+    def call(x):
+        doubled = _launching(kernel, x.mT.contiguous())
+        total = doubled.sum(0)
+        return _launching(kernel, total, factor=2.0), doubled, x.new_empty(0)
+
+    _, plan = _planned(call, torch.ones(3, 4))
+    x = torch.arange(12.0).view(3, 4)
+    total, doubled, nothing = _repeat(plan, x)
+    assert torch.equal(doubled, 2 * x.mT)
+    assert torch.equal(total, 4 * x.sum(1))
+    assert nothing.shape == (0,)
+
+
+def test_a_plan_keeps_the_layout_of_what_is_allocated(kernel):
+    def call(x):
+        return torch.empty_strided((2, 3), (1, 4), dtype=torch.float16), torch.empty_like(x.mT)
+
+    results, plan = _planned(call, torch.ones(2, 8))
+    for x, y in zip(_repeat(plan, torch.ones(2, 8)), results, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+def test_a_plan_launches_on_the_stream_of_each_call(kernel):
+    _, plan = _planned(lambda x: _launching(kernel, x), torch.ones(4))
+    for stream in (3, 0, 5):
+        kernel.driver.stream = stream
+        _repeat(plan, torch.ones(4))
+    assert kernel.streams == [3, 0, 5]
+
+
+def test_a_profiler_that_comes_later_sees_a_planned_launch(kernel):
+    from triton import knobs
+
+    _, plan = _planned(lambda x: _launching(kernel, x), torch.ones(4))
+    seen = []
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    for hook in hooks:
+        hook.add(seen.append)
+    try:
+        _repeat(plan, torch.ones(4))
+    finally:
+        for hook in hooks:
+            hook.remove(seen.append)
+    _repeat(plan, torch.ones(4))
+    assert seen == [{"grid": (1, 1, 1)}] * 2
+
+
+CONSTANT = torch.ones(3)
+NOT_REPEATED = {
+    "a number read from memory": lambda x: torch.full((1,), x.sum().item()),
+    "a tensor of no call": lambda x: CONSTANT,
+    "two results": lambda x: torch.max(x, 0)[0],
+    "a list of tensors": lambda x: torch.cat([x, x]),
+}
+
+
+@pytest.mark.parametrize("call", NOT_REPEATED)
+def test_what_cannot_be_repeated_has_no_plan(kernel, call):
+    assert _planned(NOT_REPEATED[call], torch.ones(4))[1] is None
+
+
+def test_the_interpreter_leaves_no_plan(kernel):
+    class Interpreted(Doubling):
+        def __getitem__(self, grid):
+            return lambda *args, **options: None
+
+    assert _planned(lambda x: _launching(Interpreted(), x), torch.ones(4))[1] is None
