@@ -10,13 +10,21 @@ from importlib.util import find_spec
 import pytest
 import torch
 import transformers
-from tiny_models import modeling, new_cache, tiny_model, tokens
+from tiny_models import MODELING, model_of, new_cache, states, tiny_model, tokens
 
-from gdn_ops.integrations.transformers import FAMILIES, REPLACEMENTS, use_gdn_ops
+from gdn_ops.integrations.transformers import (
+    FAMILIES,
+    REPLACEMENTS,
+    causal_conv1d_update,
+    recurrent_gated_delta_rule,
+    use_gdn_ops,
+)
+
+modeling = MODELING["qwen3_next"]
 
 
 def _in_place():
-    """The functions that the model code calls now."""
+    """The functions that the model code calls now; those of all families are the same ones."""
     return {name: getattr(modeling, name) for name in REPLACEMENTS}
 
 
@@ -88,6 +96,92 @@ def test_it_can_be_used_again_after_it_was_undone():
             assert _in_place() == REPLACEMENTS
 
 
+def test_a_model_changes_its_own_family_and_no_model_changes_all():
+    def changed():
+        return {
+            family
+            for family, module in MODELING.items()
+            if all(getattr(module, name) is f for name, f in REPLACEMENTS.items())
+        }
+
+    for family in MODELING:
+        with use_gdn_ops(model_of(family, layers=2)):
+            assert changed() == {family}
+        assert not changed()
+    with use_gdn_ops():
+        assert changed() == set(MODELING)
+    assert not changed()
+
+
+def test_the_last_installation_says_the_dtype_of_states():
+    def dtype():
+        cache = new_cache("dynamic", model)
+        model(tokens(1, 3), past_key_values=cache)
+        return states(cache)[0].dtype
+
+    model = tiny_model(layers=2)
+    with torch.no_grad(), use_gdn_ops(model, state_dtype=torch.bfloat16):
+        with use_gdn_ops(model, state_dtype=torch.float16) as inner:
+            assert dtype() == torch.float16
+            last = use_gdn_ops(model)
+            assert dtype() == torch.float32
+            inner.undo()
+            assert dtype() == torch.float32
+            last.undo()
+        assert dtype() == torch.bfloat16
+
+
+def test_states_of_another_dtype_are_refused():
+    message = "use_gdn_ops: state_dtype must be float32, bfloat16 or float16, got torch.int8"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        use_gdn_ops(state_dtype=torch.int8)
+
+
+class _OlderLayer(torch.nn.Module):
+    """A layer as 5.14 and older have it: it holds the functions, and need not have all."""
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, None)
+
+
+def _older(monkeypatch, *names):
+    """One of those layers, in a module of model code that is as old."""
+    kind = type("Qwen3NextGatedDeltaNet", (_OlderLayer,), {"__module__": modeling.__name__})
+    monkeypatch.setattr(modeling, "is_fast_path_available", False, raising=False)
+    return torch.nn.Sequential(kind(*names))
+
+
+def test_layers_of_older_releases_hold_the_functions_until_the_end_of_a_block(monkeypatch):
+    names = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
+    model = _older(monkeypatch, *names, "causal_conv1d_update")
+    with use_gdn_ops(model):
+        assert model[0].recurrent_gated_delta_rule is recurrent_gated_delta_rule
+        assert model[0].causal_conv1d_update is causal_conv1d_update
+        assert not hasattr(model[0], "causal_conv1d_fn")
+        with use_gdn_ops(model):
+            pass
+        assert model[0].recurrent_gated_delta_rule is recurrent_gated_delta_rule
+    assert all(getattr(model[0], name) is None for name in names)
+
+
+def test_what_is_not_served_of_older_releases_is_refused(monkeypatch):
+    model = _older(monkeypatch, "chunk_gated_delta_rule", "causal_conv1d_fn")
+    message = "use_gdn_ops: model must be given with transformers 5.14 and older, got None"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        use_gdn_ops()
+    with pytest.raises(NotImplementedError, match=r"has no recurrent_gated_delta_rule$"):
+        use_gdn_ops(model)
+    model[0].recurrent_gated_delta_rule = None
+    ids = torch.zeros(1, 3, dtype=torch.int32)
+    with use_gdn_ops(model):
+        with pytest.raises(NotImplementedError, match=r"^causal_conv1d_fn: seq_idx must be None"):
+            model[0].causal_conv1d_fn(x=torch.randn(1, 6, 3), weight=torch.ones(6, 4), seq_idx=ids)
+        with pytest.raises(NotImplementedError, match=r"^chunk_gated_delta_rule: cu_seqlens must "):
+            model[0].chunk_gated_delta_rule(cu_seqlens=torch.tensor([0, 3]))
+
+
 def test_models_of_every_shape_are_accepted():
     causal = tiny_model()
     for model in (causal, causal.model, causal.model.layers[0], torch.nn.Sequential(causal)):
@@ -96,8 +190,8 @@ def test_models_of_every_shape_are_accepted():
 
 
 def test_a_model_without_such_layers_is_refused():
-    families = [family for family in FAMILIES if find_spec(f"transformers.models.{family}")]
-    message = f"use_gdn_ops: model must have gated delta net layers of {', '.join(families)}, got "
+    families = ", ".join(family for family in FAMILIES if family in MODELING)
+    message = f"use_gdn_ops: model must have gated delta net layers of {families}, got "
     full = transformers.Qwen3NextConfig(
         vocab_size=8,
         hidden_size=16,
@@ -152,9 +246,10 @@ def test_the_functions_take_all_that_the_model_code_passes():
 
 WITH_FLA = """
 import inspect, torch
-from tiny_models import greedy, hugging_face_functions, modeling, new_cache, tiny_model, tokens
+from tiny_models import MODELING, greedy, hugging_face_functions, new_cache, tiny_model, tokens
 from gdn_ops.integrations.transformers import use_gdn_ops
 
+modeling = MODELING["qwen3_next"]
 unused = inspect.getclosurevars(modeling.torch_chunk_gated_delta_rule).nonlocals["implementation"]
 assert unused.__module__.startswith("fla."), unused
 model = tiny_model()
