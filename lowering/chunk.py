@@ -16,8 +16,8 @@ from .template import Config, KernelTemplate
 
 
 @_inductor.symbolic_grid
-def prepare_grid(places: Any, key_heads: Any, meta: dict[str, Any]) -> Any:
-    return (places * key_heads, 1, 1)
+def prepare_grid(places: Any, heads: Any, meta: dict[str, Any]) -> Any:
+    return (places * heads, 1, 1)
 
 
 @_inductor.symbolic_grid
@@ -125,7 +125,7 @@ def _call(
             )
         ],
         mutated=["G", "weights"],
-        call_sizes=[places, H],
+        call_sizes=[places, HV],
         generators=generators,
         HAS_G=g is not None,
         HAS_BETA=beta is not None,

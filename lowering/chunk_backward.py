@@ -151,7 +151,7 @@ class _Call:
             self.token_layout(self.q, self.HV, BT),
             [Config.of(warps, 1, BT=BT, BK=self.tiles.BK, BN=bounds)],
             mutated=["G"],
-            call_sizes=[self.places, self.H],
+            call_sizes=[self.places, self.HV],
             HAS_G=self.inputs["g"] is not None,
             IS_SCALED=False,
             **self.flags,

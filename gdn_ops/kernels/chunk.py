@@ -64,8 +64,8 @@ PREPARE_BN = 128
 def prepare_warps(dtype: torch.dtype) -> int:
     """Warps of ``prepare_kernel``.
 
-    Four have 16 rows each, so that all merges of the inverse but two stay inside a warp: a value
-    head takes 2000 instructions and 32 barriers of each. Without tensor cores the products of keys
+    Four have 16 rows each, so that all merges of the inverse but two stay inside a warp: a program
+    takes 3600 instructions and 50 barriers of each. Without tensor cores the products of keys
     spill, with eight warps least (sm_90, cross-compiled, 2026-11-24).
     """
     return 8 if dtype == torch.float32 else 4
@@ -136,7 +136,7 @@ def prepare(
     weights = torch.empty_like(inverse) if is_scaled else None
     launch(
         prepare_kernel,
-        places * H,
+        places * HV,
         (
             q,
             k,

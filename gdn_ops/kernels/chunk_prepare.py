@@ -6,8 +6,9 @@ For the tokens i, j of a chunk, with the cumulated log decay ``G`` from the star
     A_ij = beta_i D_ij <k_i, k_j>              for j < i
     X    = (I + A)^-1
 
-One program serves a chunk and a key head, for all value heads that read the key head: the products
-of keys and queries are the same for them. A chunk is aligned to the start of its sequence.
+One program serves a chunk and a value head. A chunk is aligned to the start of its sequence. (The
+products of keys and queries are those of all value heads of a key head; kept in registers for them
+they would crowd out the inverse, which takes four times as many instructions.)
 
 Chunks have places, the first dimension of what is stored for each: in a batch ``cdiv(T, BT)`` for a
 sequence; of packed sequences, number n has the places from ``cu_seqlens[n] // BT + n`` on. They are
@@ -94,9 +95,12 @@ def split_operand(b_x, DOT: tl.constexpr):
     b_high = b_x
     b_low = b_x
     if not DOT.is_fp32():
-        # bfloat16 has the range of float32, and two of them have 16 of its 24 digits.
-        b_high = b_x.to(tl.bfloat16)
-        b_low = (b_x - b_high.to(tl.float32)).to(tl.bfloat16)
+        # bfloat16 has the range of float32, and two of them have 16 of its 24 digits. Rounded as an
+        # integer: the conversion and its reverse take a slow unit, one number at a time.
+        b_rounded = (b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+        b_rounded = b_rounded.to(tl.float32, bitcast=True)
+        b_high = b_rounded.to(tl.bfloat16)
+        b_low = (b_x - b_rounded).to(tl.bfloat16)
     return b_high, b_low
 
 
@@ -266,13 +270,13 @@ def prepare_kernel(
     BK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One chunk of one key head; the grid is ``places * H``."""
+    """One chunk of one value head; the grid is ``places * HV``."""
     tl.static_assert(BK >= K and (BT == 16 or BT == 32 or BT == 64))
-    R: tl.constexpr = HV // H
-    i_h = tl.program_id(0) % H
-    i_c = tl.program_id(0) // H
+    i_hv = tl.program_id(0) % HV
+    i_h = i_hv // (HV // H)
+    i_c = tl.program_id(0) // HV
     if IS_VARLEN:
-        N = tl.num_programs(0) // H - tl.cdiv(T, BT)
+        N = tl.num_programs(0) // HV - tl.cdiv(T, BT)
         i_n, i_chunk = find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT, BN)
         i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
         i_b = i_c.to(tl.int64) * 0
@@ -305,8 +309,7 @@ def prepare_kernel(
     m_pairs = o_i[:, None] >= o_i[None, :]
     ROWS: tl.constexpr = 3 if USE_QK_L2NORM else (2 if IS_SCALED else 1)
 
-    for i_r in range(tl.where(i_chunk * BT < length, R, 0)):
-        i_hv = i_h * R + i_r
+    if i_chunk * BT < length:
         if HAS_G:
             p_g = g + i_b * stride_g_b + o_t * stride_g_t + i_hv * stride_g_h
             b_g = tl.load(p_g, m_t, 0.0).to(G.dtype.element_ty)
