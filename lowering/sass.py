@@ -42,6 +42,7 @@ class Facts:
         opcodes: How often each occurs; accesses to memory also by width: ``LDG``, ``LDG.128``.
         loops: The same for each innermost loop, in the order of the code.
         assembly: The text from which all this was read.
+        binary: What a GPU loads: a cubin, on AMD an hsaco.
     """
 
     arch: str
@@ -57,6 +58,7 @@ class Facts:
     opcodes: Mapping[str, int]
     loops: Sequence[Mapping[str, int]]
     assembly: str = dataclasses.field(repr=False)
+    binary: bytes = dataclasses.field(repr=False)
 
 
 def compile_kernel(
@@ -288,4 +290,5 @@ def _described(compiled: Any, arch: Arch, assembly: str) -> dict[str, Any]:
         "num_warps": compiled.metadata.num_warps,
         "num_stages": compiled.metadata.num_stages,
         "assembly": assembly,
+        "binary": compiled.asm["hsaco" if arch.is_amd else "cubin"],
     }
