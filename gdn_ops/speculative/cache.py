@@ -45,14 +45,14 @@ class Rows:
         # Tokens kept of the last step; 0 makes a row padding, which is how an idle one is skipped.
         self.accepted = static(torch.zeros(batch_size, dtype=torch.int32, device=device))
         self.phase = Phase.PREFILL
-        self.where: Tensor | None = None  # the row of a prefill [1], else positions [B, T]
+        self.places: tuple[Tensor, Tensor] | None = None  # the rows, and their positions [n, T]
 
     @contextlib.contextmanager
-    def during(self, phase: Phase, where: Tensor) -> Iterator[None]:
+    def during(self, phase: Phase, which: Tensor, positions: Tensor) -> Iterator[None]:
         """For one call of the model. A graph would return what stayed in the object."""
-        self.phase, self.where = phase, where
+        self.phase, self.places = phase, (which, positions)
         yield
-        self.phase, self.where = Phase.PREFILL, None
+        self.phase, self.places = Phase.PREFILL, None
 
     def visible(self, positions: Tensor) -> Tensor:
         """Which keys the token at each position sees, ``[B, 1, T, length]``."""
@@ -88,8 +88,8 @@ class RowStates(SlotState):
         state, table, accepted = self._state, rows.table, rows.accepted
         options: dict[str, Any] = {"use_qk_l2norm": use_qk_l2norm}
         if rows.phase is Phase.PREFILL:
-            assert rows.where is not None
-            slot = table[:, 0][rows.where]
+            assert rows.places is not None
+            slot = table[:, 0][rows.places[0]]
             fresh = torch.zeros_like(slot, dtype=torch.bool)
             return chunk_(q, k, v, g, beta, state, slot, fresh, **options)
         if rows.phase is Phase.VERIFY:
@@ -110,9 +110,9 @@ class RowStates(SlotState):
             self._conv_scratch = static(x.new_zeros(rows.batch_size, D, W - 1))
         assert self._conv_scratch is not None
         if rows.phase is Phase.PREFILL:
-            assert rows.where is not None
+            assert rows.places is not None
             y, recent = causal_conv1d(x, weight, bias, activation=activation)
-            self._conv[:, :, : W - 1].index_copy_(0, rows.where, recent)
+            self._conv[:, :, : W - 1].index_copy_(0, rows.places[0], recent)
             return y
         if rows.phase is Phase.VERIFY:
             accepted = rows.accepted
@@ -168,16 +168,13 @@ class AttentionLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        where = self._rows.where
-        assert where is not None
+        assert self._rows.places is not None
+        which, positions = self._rows.places
+        places = (which[:, None], positions)
+        self.keys.transpose(1, 2).index_put_(places, key_states.transpose(1, 2))
+        self.values.transpose(1, 2).index_put_(places, value_states.transpose(1, 2))
         if self._rows.phase is Phase.PREFILL:
-            T = key_states.shape[2]
-            self.keys[:, :, :T].index_copy_(0, where, key_states)
-            self.values[:, :, :T].index_copy_(0, where, value_states)
-            return key_states, value_states
-        row = torch.arange(where.shape[0], device=where.device)[:, None]
-        self.keys.transpose(1, 2).index_put_((row, where), key_states.transpose(1, 2))
-        self.values.transpose(1, 2).index_put_((row, where), value_states.transpose(1, 2))
+            return key_states, value_states  # nothing comes before a prompt
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

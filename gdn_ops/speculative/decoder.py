@@ -55,6 +55,7 @@ class SpeculativeDecoder:
         state_dtype: float32, bfloat16 or float16: dtype of the recurrent states. Default: float32.
         compile_options: Keyword arguments of ``torch.compile``, such as
             ``{"mode": "reduce-overhead"}``; None runs without it. Default: none are given.
+        compile_prefill: Compile prompts too: one graph for every length. Default: False.
 
     Attributes:
         tokens: The texts, ``[B, max_length + k + 1]``, int64; places from a row's length on mean
@@ -80,6 +81,7 @@ class SpeculativeDecoder:
         eos_token_id: int | Sequence[int] | None = None,
         state_dtype: torch.dtype = torch.float32,
         compile_options: Mapping[str, Any] | None = {},
+        compile_prefill: bool = False,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -122,7 +124,8 @@ class SpeculativeDecoder:
         self._run_prefill, self._run_step = self._prefill, self._step
         if compile_options is not None:
             options = {"fullgraph": True, **compile_options}
-            self._run_prefill = torch.compile(self._prefill, **{"dynamic": True, **options})
+            if compile_prefill:
+                self._run_prefill = torch.compile(self._prefill, **options)
             self._run_step = torch.compile(self._step, **options)
 
     @property
@@ -157,8 +160,10 @@ class SpeculativeDecoder:
         end = self.max_length if max_new_tokens is None else T + max_new_tokens
         self.tokens[row, :T] = prompt.to(device)
         self._limits[row] = min(end, self.max_length)
-        # A tensor, so that one graph serves every row.
-        self._run_prefill(torch.tensor([row], device=device), prompt.to(device)[None])
+        ids = prompt.to(device)[None].contiguous()
+        # One graph serves every length, and, since its number is a tensor, every row.
+        torch._dynamo.maybe_mark_dynamic(ids, 1)
+        self._run_prefill(torch.tensor([row], device=device), ids)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -222,8 +227,8 @@ class SpeculativeDecoder:
         choice = self._choose(self._runner.prefill(row, prompt))[:, 0]
         if self._k > 0:
             self._proposer.prefill(row, prompt)
-        self.tokens[:, T].index_copy_(0, row, choice)
-        self.lengths.index_fill_(0, row, T + 1)
+        self.tokens.index_put_((row, torch.full_like(row, T)), choice)
+        self.lengths.index_put_((row,), torch.full_like(row, T + 1))
         ended = torch.isin(choice, self._ends) | (self._limits[row] <= T + 1)
         accepted = self._runner.rows.accepted
         accepted.index_copy_(0, row, (~ended).to(accepted.dtype))

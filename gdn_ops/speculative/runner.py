@@ -34,13 +34,14 @@ class Runner:
     def prefill(self, row: Tensor, prompt: Tensor) -> Tensor:
         """Start ``row [1]`` from a prompt ``[1, T]``; logits of the next token, ``[1, 1, n]``."""
         positions = torch.arange(prompt.shape[1], device=prompt.device)[None]
-        with self.rows.during(Phase.PREFILL, row):
+        with self.rows.during(Phase.PREFILL, row, positions):
             return self._call(prompt, positions, None, logits_to_keep=1)
 
     def step(self, phase: Phase, ids: Tensor, first: Tensor) -> Tensor:
         """Logits ``[B, T, n]`` of tokens ``[B, T]``, each row's from its position ``first [B]``."""
         positions = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        with self.rows.during(phase, positions):
+        every = torch.arange(ids.shape[0], device=ids.device)
+        with self.rows.during(phase, every, positions):
             return self._call(ids, positions, self.rows.visible(positions))
 
     def _call(self, ids: Tensor, positions: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
