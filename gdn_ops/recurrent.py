@@ -10,6 +10,7 @@ checked by tests/test_recurrent.py against a float64 loop over tokens and agains
 transformers 5.23.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ def recurrent_(
     scale: float | None = None,
     use_qk_l2norm: bool = False,
     null_index: int = -1,
+    exact: bool = False,
 ) -> Tensor:
     """Gated delta rule token by token on a pool of states, in place: decode and verify.
 
@@ -127,6 +129,11 @@ def recurrent_(
         scale: Query scale. Default: ``K ** -0.5``.
         use_qk_l2norm: Normalise ``q`` and ``k``. Default: False.
         null_index: Slots up to this one are no slots, ``>= -1``. Default: -1.
+        exact: Multi-token verify gives the same bits as decode of one token after the other, ``o``
+            and states, also with a 16-bit pool: the state is rounded to the dtype of the pool after
+            each token, and the arithmetic of a token depends on nothing but its inputs, whatever
+            the number of tokens and rows and the form of the slots. Slower on a CPU, where tokens
+            are computed one by one. Default: False.
 
     Returns:
         o: ``[B, T, HV, V]``, dtype of ``q``, contiguous; zero in padding rows and past
@@ -138,7 +145,8 @@ def recurrent_(
             and wrong bounds.
         NotImplementedError: ``K > 256``, or an input requires a gradient.
 
-    Source: docs/semantics.md, multi-token update; tests/test_recurrent_verify.py.
+    Source: docs/semantics.md, multi-token update; tests/test_recurrent_verify.py and
+        tests/test_recurrent_exact.py.
     """
     refuse_gradient("recurrent_", "recurrent", q, k, v, g, beta, state)
     o: Tensor = torch.ops.gdn.recurrent_(
@@ -155,6 +163,7 @@ def recurrent_(
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
         null_index=null_index,
+        exact=exact,
     )
     return o
 
@@ -200,6 +209,50 @@ def _start_scan(tokens: Tokens, o: Tensor) -> Scan:
     return scan
 
 
+def _start_exact_scan(pool: torch.dtype, tokens: Tokens, o: Tensor) -> Scan:
+    """The scan of ``exact=True``: the state is rounded to the pool's dtype after each token.
+
+    Which instructions a function of torch takes, and so its last bits, may depend on the number of
+    rows, on strides and on alignment. So each token of each sequence is computed by itself, from
+    copies: then all calls have the same shapes and layouts.
+    """
+
+    def scan(block: Block, S: Tensor, store: Store | None) -> Tensor:
+        for t in range(block.length):
+            token = tokens.read(block, t, t + 1)
+            o_t = o.new_empty((S.shape[0], 1, *o.shape[2:]))
+            for n in range(S.shape[0]):
+                o_t[n, 0], S_n = _exact_step(token, n, S[n])
+                S[n] = S_n.to(pool)
+            block.write(o, t, t + 1, o_t)
+            if store is not None:
+                store(t, S)
+        return S
+
+    return scan
+
+
+def _exact_step(token: Tokens, n: int, S: Tensor) -> tuple[Tensor, Tensor]:
+    """``o [HV, V]`` of row ``n`` of ``token [n, 1, ...]``, and the state after it."""
+
+    def copy(x: Tensor) -> Tensor:
+        return x.to(token.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    q, k, v = (copy(x[n, 0]) for x in token[:3])  # [H, K], [H, K], [HV, V]
+    H, K = q.shape
+    if token.use_qk_l2norm:
+        q, k = l2norm(q), l2norm(k)
+    q, k = (q * token.scale).view(H, 1, 1, K), k.view(H, 1, 1, K)
+    S = copy(S).view(H, -1, v.shape[1], K)  # [H, R, V, K]
+    if token.g is not None:
+        S *= copy(token.g[n, 0]).exp().view(H, S.shape[1], 1, -1)
+    u = v.view(S.shape[:3]) - (S * k).sum(-1)
+    if token.beta is not None:
+        u *= copy(token.beta[n, 0]).view(H, -1, 1)
+    S.addcmul_(u[..., None], k)
+    return (S * q).sum(-1).view(v.shape), S.view(-1, v.shape[1], K)
+
+
 def _check_(
     tokens: Tokens,
     state: Tensor,
@@ -241,13 +294,15 @@ def _reference_(
     scale: float | None = None,
     use_qk_l2norm: bool = False,
     null_index: int = -1,
+    exact: bool = False,
 ) -> Tensor:
     slots = (state, state_indices, num_accepted_tokens, cu_seqlens, read_indices, null_index)
     _check_(Tokens(q, k, v, g, beta, 1.0, use_qk_l2norm), *slots)
     tokens = Tokens.of(q, k, v, g, beta, scale, use_qk_l2norm)  # the default scale needs K >= 1
+    start = functools.partial(_start_exact_scan, state.dtype) if exact else _start_scan
     return update_pool(
         "recurrent_",
-        _start_scan,
+        start,
         tokens,
         state,
         state_indices,
@@ -303,8 +358,8 @@ register_backward("recurrent")
 register_operator(
     "recurrent_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, "
     "Tensor? state_indices=None, Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None, "
-    "Tensor? read_indices=None, *, float? scale=None, bool use_qk_l2norm=False, int null_index=-1) "
-    "-> Tensor",
+    "Tensor? read_indices=None, *, float? scale=None, bool use_qk_l2norm=False, int null_index=-1, "
+    "bool exact=False) -> Tensor",
     _reference_,
     _fake_,
     kernels="recurrent",

@@ -14,6 +14,7 @@ torch 2.13, 2026-11-24), hence no limit of size here. Inlined against opaque: ``
 Everything else stays an opaque call:
 
 - more than one token, packed rows: the eager operator works in blocks that stay in the cache;
+- ``exact=True``: Inductor chooses the order of a sum, and whether products are contracted;
 - slots by index: a padding row must not write, and the C++ that Inductor writes for a scatter has
   no masked store; and a slot outside the pool would end the process instead of raising.
 """
@@ -166,8 +167,11 @@ def lower_recurrent_(
     scale: float | None = None,
     use_qk_l2norm: bool = False,
     null_index: int = -1,
+    exact: bool = False,
 ) -> Any:
     """``gdn::recurrent_``."""
+    if exact:
+        raise Unsupported("on a CPU no call with exact=True is inlined")
     opaque = {"state_indices": state_indices, "num_accepted_tokens": num_accepted_tokens}
     opaque |= {"cu_seqlens": cu_seqlens, "read_indices": read_indices}
     _supports(q, opaque, state, null_index)

@@ -53,6 +53,7 @@ def _call(
     scale: float | None,
     use_qk_l2norm: bool,
     null_index: int,
+    exact: bool,
     in_place: bool,
 ) -> Any:
     """Add the kernel to the graph; returns ``o``."""
@@ -93,6 +94,7 @@ def _call(
         HAS_ACCEPTED=tensors["num_accepted_tokens"] is not None,
         HAS_READ_INDICES=tensors["read_indices"] is not None,
         IS_VARLEN=cu_seqlens is not None,
+        EXACT=exact,
     )
 
 
@@ -133,7 +135,7 @@ def lower(
     tensors |= dict.fromkeys(absent)
     final_state = _inductor.new_buffer(v, [N, HV, V, K], dtype)
     tensors["final_state"] = final_state
-    o = _call(tensors, scale, use_qk_l2norm, -1, in_place=False)
+    o = _call(tensors, scale, use_qk_l2norm, -1, exact=False, in_place=False)
     return o, _inductor.as_result(final_state)
 
 
@@ -152,6 +154,7 @@ def lower_(
     scale: float | None = None,
     use_qk_l2norm: bool = False,
     null_index: int = -1,
+    exact: bool = False,
 ) -> Any:
     """``gdn::recurrent_``."""
     supports(q)
@@ -160,4 +163,4 @@ def lower_(
     inputs["read_indices"] = read_indices
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
     tensors["state"] = _inductor.realize_in_place(state, "state")
-    return _call(tensors, scale, use_qk_l2norm, null_index, in_place=True)
+    return _call(tensors, scale, use_qk_l2norm, null_index, exact, in_place=True)

@@ -45,6 +45,7 @@ def _calls(packed):
         "recurrent_": [
             ((*tokens, pool, slots, None, bounds, read), options),
             ((*tokens, pool, table, accepted, bounds), {"null_index": 0}),
+            ((*tokens, pool, table, accepted, bounds), {"exact": True}),
         ],
         "causal_conv1d": [
             ((*tensors, history, bounds), {"activation": "silu"}),

@@ -189,3 +189,38 @@ def test_a_repeated_call_is_captured_by_a_cuda_graph():
     for _ in range(5):
         gdn_ops.recurrent_(*tokens, expected)
     assert_bitwise_equal(pool, expected, "pool")
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_exact_verify_leaves_the_bits_of_decode_eager_and_compiled(state_dtype):
+    """Every form and number of tokens, from one start: each token's output and state."""
+    B, T = 5, 6
+    tokens = make_inputs(B, T, *SIZES, torch.bfloat16, device="cuda")
+    start = make_state(B, HV, V, K, state_dtype, device="cuda")
+    options = {"use_qk_l2norm": True, "exact": True}
+    compiled = torch.compile(gdn_ops.recurrent_, fullgraph=True)
+    pool, o, states = start.clone(), [], []
+    for t in range(T):
+        one = [x[:, t : t + 1].clone() for x in tokens]
+        again = pool.clone()
+        o.append(gdn_ops.recurrent_(*one, pool, **options))
+        assert_bitwise_equal(compiled(*one, again, **options), o[-1], "o, compiled decode")
+        assert_bitwise_equal(again, pool, "pool, compiled decode")
+        states.append(pool.clone())
+    expected, states = torch.cat(o, 1), torch.stack(states, 1)
+    table = torch.randperm(B * T, device="cuda").view(B, T)
+    packed = [x.reshape(1, B * T, *x.shape[2:]) for x in tokens]
+    bounds = cu_seqlens([T] * B, device="cuda")
+    for call in (gdn_ops.recurrent_, compiled):
+        pool = start.new_zeros(B * T, HV, V, K)
+        pool[table[:, 0]] = start
+        packed_pool = pool.clone()
+        assert_bitwise_equal(call(*tokens, pool, table, **options), expected, "o of verify")
+        assert_bitwise_equal(pool[table], states, "states of verify")
+        actual = call(*packed, packed_pool, table, None, bounds, **options)
+        assert_bitwise_equal(actual.view(expected.shape), expected, "o of packed verify")
+        assert_bitwise_equal(packed_pool, pool, "states of packed verify")
+        for n in range(B):
+            row, single = [x[n : n + 1] for x in tokens], start[n : n + 1].clone()
+            assert_bitwise_equal(call(*row, single, **options)[0], expected[n], "o of one row")
+            assert_bitwise_equal(single[0], states[n, -1], "state of one row")

@@ -54,8 +54,8 @@ recurrent(Tensor q, Tensor k, Tensor v, Tensor? g=None, Tensor? beta=None, Tenso
     -> (Tensor o, Tensor final_state)
 recurrent_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, Tensor?
     state_indices=None, Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None, Tensor?
-    read_indices=None, *, float? scale=None, bool use_qk_l2norm=False, int null_index=-1) ->
-    Tensor
+    read_indices=None, *, float? scale=None, bool use_qk_l2norm=False, int null_index=-1, bool
+    exact=False) -> Tensor
 recurrent_backward(Tensor do, Tensor dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? g=None,
     Tensor? beta=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, *, float?
     scale=None, bool use_qk_l2norm=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv, next_power_of_2, recurrent_config
+from .exact import exact_delta_step, exact_inverse_norm
 from .launch import launch, strides
 from .norm import inverse_norm
 from .output import store_output
@@ -115,6 +116,7 @@ def recurrent_kernel(
     HAS_ACCEPTED: tl.constexpr,
     HAS_READ_INDICES: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    EXACT: tl.constexpr,  # a token's bits depend on nothing but its inputs and the state before it
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -184,8 +186,12 @@ def recurrent_kernel(
         b_k = tl.load(p_k + i_t * stride_k_t, m_k, 0.0).to(tl.float32)
         b_v = tl.load(p_v + i_t * stride_v_t, m_v, 0.0).to(tl.float32)
         if USE_QK_L2NORM:
-            b_q *= inverse_norm(b_q)
-            b_k *= inverse_norm(b_k)
+            if EXACT:
+                b_q *= exact_inverse_norm(b_q, BK)
+                b_k *= exact_inverse_norm(b_k, BK)
+            else:
+                b_q *= inverse_norm(b_q)
+                b_k *= inverse_norm(b_k)
         b_g = 0.0
         if HAS_G:
             p_g = g + i_b * stride_g_b + i_t * stride_g_t + i_hv * stride_g_h
@@ -197,7 +203,11 @@ def recurrent_kernel(
         if HAS_BETA:
             p_beta = beta + i_b * stride_beta_b + i_t * stride_beta_t + i_hv * stride_beta_h
             b_beta = tl.load(p_beta).to(tl.float32)
-        b_s, b_o = delta_step(b_s, b_q * scale, b_k, b_v, b_g, b_beta)
+        if EXACT:
+            b_s, b_o = exact_delta_step(b_s, b_q * scale, b_k, b_v, b_g, b_beta, BV, BK)
+            b_s = b_s.to(final_state.dtype.element_ty).to(tl.float32)
+        else:
+            b_s, b_o = delta_step(b_s, b_q * scale, b_k, b_v, b_g, b_beta)
         b_o = tl.where(is_live, b_o, 0.0)
         store_output(
             o,
@@ -241,6 +251,7 @@ def _launch(
     scale: float | None,
     use_qk_l2norm: bool,
     null_index: int,
+    exact: bool,
 ) -> Tensor:
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -291,6 +302,7 @@ def _launch(
         HAS_ACCEPTED=num_accepted_tokens is not None,
         HAS_READ_INDICES=read_indices is not None,
         IS_VARLEN=cu_seqlens is not None,
+        EXACT=exact,
         BK=BK,
         BV=BV,
     )
@@ -315,7 +327,14 @@ def recurrent(
     shape = (N, v.shape[2], v.shape[3], q.shape[3])
     final_state = torch.empty(shape, dtype=dtype, device=q.device)
     tensors = (q, k, v, g, beta, initial_state, final_state, None, None, cu_seqlens, None)
-    o = _launch(*tensors, is_pool=False, scale=scale, use_qk_l2norm=use_qk_l2norm, null_index=-1)
+    o = _launch(
+        *tensors,
+        is_pool=False,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        null_index=-1,
+        exact=False,
+    )
     return o, final_state
 
 
@@ -334,6 +353,7 @@ def recurrent_(
     scale: float | None = None,
     use_qk_l2norm: bool = False,
     null_index: int = -1,
+    exact: bool = False,
 ) -> Tensor:
     """``torch.ops.gdn.recurrent_`` of checked arguments."""
     return _launch(
@@ -352,4 +372,5 @@ def recurrent_(
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
         null_index=null_index,
+        exact=exact,
     )
