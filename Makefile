@@ -4,7 +4,7 @@ VENV ?= .venv
 # Arguments for the target's command: make test ARGS="-k recurrent"
 ARGS ?=
 # What runs in Triton's interpreter: its own tests, and laws of the operators that it has time for.
-INTERPRETED := tests/interpreted tests/test_recurrent_verify.py
+INTERPRETED := tests/interpreted tests/test_recurrent_verify.py tests/test_recurrent_exact.py
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
