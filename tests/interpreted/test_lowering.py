@@ -5,7 +5,7 @@ import pytest
 import torch
 from generated import run
 from inputs import cu_seqlens, indices, make_inputs, make_state
-from tolerance import assert_as_accurate_as_plain, witnesses
+from tolerance import assert_as_accurate_as_plain, assert_bitwise_equal, witnesses
 
 import gdn_ops
 from lowering.fake_gpu import generate
@@ -84,3 +84,20 @@ def test_a_lowered_prefill_updates_the_pool_as_the_plain_loop_does():
     exact, plain = witnesses(oracle.delta_rule_into_pool, *args[:7], cu_seqlens=bounds)
     assert_as_accurate_as_plain(o / 2, exact[0], plain[0], terms=K, name="o")
     assert_as_accurate_as_plain(changed[5], exact[1], plain[1], terms=K, name="pool")
+
+
+@pytest.mark.parametrize("T", [1, 3], ids=["decode", "verify"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lowered_exact_step_leaves_the_bits_of_the_kernel(state_dtype, T):
+    """Whatever is fused into it: here a product."""
+    tokens, pool = _tokens(2, T, torch.bfloat16), make_state(6, HV, V, K, state_dtype)
+    table = torch.arange(6).view(2, 3)
+    slots, accepted = (table, indices([2, 1])) if T > 1 else (table[:, 0], None)
+
+    def doubled(*args):
+        return gdn_ops.recurrent_(*args, exact=True, use_qk_l2norm=True).float() * 2
+
+    expected = doubled(*tokens, before := pool.clone(), slots, accepted)
+    (o,), args = _results(doubled, *tokens, pool, slots, accepted)
+    assert_bitwise_equal(o, expected, "o")
+    assert_bitwise_equal(args[5], before, "pool")
