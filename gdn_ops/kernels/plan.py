@@ -198,15 +198,20 @@ def _entry(binary: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     of a launch's 2.3; where there is no scratch the C function serves. Triton 3.7 has another.
     """
     run, packed_metadata = binary.run, binary.packed_metadata
-    has_scratch = binary.metadata.global_scratch_size or binary.metadata.profile_scratch_size
-    if triton.__version__.startswith("3.6.") and torch.version.hip is None and not has_scratch:
+    is_nvidia = torch.version.hip is None
+    if triton.__version__.startswith("3.6.") and is_nvidia and not _has_scratch(binary):
         modes = (run.launch_cooperative_grid, run.launch_pdl)
         return run.launch, (binary.function, *modes, None, None, packed_metadata)
     return run, (binary.function, packed_metadata)
 
 
+def _has_scratch(binary: Any) -> bool:
+    sizes = ("global_scratch_size", "profile_scratch_size")
+    return any(getattr(binary.metadata, name, 0) for name in sizes)
+
+
 def _launch_step(binary: Any, programs: int, places: list[int], others: tuple[Any, ...]) -> Step:
-    needs_scratch = getattr(binary.metadata, "global_scratch_size", 0) > 0
+    needs_scratch = _has_scratch(binary)
     start, options = _entry(binary)
     hooks = knobs.runtime
 
