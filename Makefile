@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test matrix lint bench train gpu-test gpu-bench clean
+.PHONY: demo test matrix transformers-matrix lint bench train gpu-test gpu-bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/generate.py $(ARGS)
@@ -24,6 +24,10 @@ test: $(STAMP)
 # Code that is generated and compiled for GPUs, with each torch that is served: make matrix ARGS=2.11
 matrix:
 	$(PYTHON) .ci/matrix.py $(ARGS)
+
+# Models under every release of transformers that is served: make transformers-matrix ARGS="4.57 5.23"
+transformers-matrix: $(STAMP)
+	$(BIN)/python .ci/transformers_matrix.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
