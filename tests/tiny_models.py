@@ -36,9 +36,15 @@ MODELING = {
 }
 assert set(CLASSES) <= set(FAMILIES)
 
+
+def _written_out(function):
+    """The function below those that prefer an installed library; `kernels` hides it in a module."""
+    return getattr(getattr(function, "forward", function), "__wrapped__", function)
+
+
 # Up to 5.14 a layer holds the functions, and calls no others where there is no GPU.
 _WRITTEN_OUT = {
-    module: {name: getattr(module, name).__wrapped__ for name in REPLACEMENTS}
+    module: {name: _written_out(getattr(module, name)) for name in REPLACEMENTS}
     for module in MODELING.values()
     if not hasattr(module, "is_fast_path_available")
 }
