@@ -173,6 +173,16 @@ def test_states_may_be_kept_in_bfloat16():
         assert {states._state.dtype for states in layers} == {torch.bfloat16}
 
 
+def test_exact_steps_leave_16_bit_states_as_decoding_without_drafts_does():
+    """So the texts agree too, although each state is rounded after each of a hundred tokens."""
+    model, texts = trained_model(), []
+    for drafted in (0, 4):
+        options = {"drafted": drafted, "state_dtype": torch.bfloat16, "exact": True}
+        with decoder_of(model, 2, **options) as decoder:
+            texts.append(decoder.generate(prompts()[:2], 100))
+    assert_same_texts(*texts)
+
+
 def uncertain_place(probabilities, text):
     """How many tokens of a text stand before one that the model and prompt lookup half expect."""
     for T in range(40, len(text)):

@@ -69,9 +69,10 @@ def static(x: Tensor) -> Tensor:
 class RowStates(SlotState):
     """The pools of one recurrent layer, which the first call of the model allocates."""
 
-    def __init__(self, rows: Rows, state_dtype: torch.dtype) -> None:
+    def __init__(self, rows: Rows, state_dtype: torch.dtype, exact: bool) -> None:
         self._rows = rows
         self._state_dtype = state_dtype
+        self._exact = exact
         self._state: Tensor | None = None
         self._conv: Tensor | None = None
         self._conv_scratch: Tensor | None = None
@@ -92,6 +93,7 @@ class RowStates(SlotState):
             slot = table[:, 0][rows.places[0]]
             fresh = torch.zeros_like(slot, dtype=torch.bool)
             return chunk_(q, k, v, g, beta, state, slot, fresh, **options)
+        options["exact"] = self._exact
         if rows.phase is Phase.VERIFY:
             return recurrent_(q, k, v, g, beta, state, table, accepted, **options)
         scratch = torch.where(accepted > 0, rows.scratch, -1)
@@ -190,14 +192,14 @@ class AttentionLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
 class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
     """A cache of a model of transformers, made for its layers of attention and recurrence."""
 
-    def __init__(self, config: Any, rows: Rows, state_dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, rows: Rows, state_dtype: torch.dtype, exact: bool) -> None:
         kinds = (
             getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         )
         layers: list[RecurrentLayer | AttentionLayer] = []
         for kind in kinds:
             if kind == "linear_attention" and getattr(config, "number_of_conv_states", 1) == 1:
-                layers.append(RecurrentLayer(RowStates(rows, state_dtype)))
+                layers.append(RecurrentLayer(RowStates(rows, state_dtype, exact)))
             elif kind == "full_attention":
                 layers.append(AttentionLayer(rows))
             else:

@@ -53,6 +53,8 @@ class SpeculativeDecoder:
             Default: 0.
         eos_token_id: The token that ends a text, or several. Default: none.
         state_dtype: float32, bfloat16 or float16: dtype of the recurrent states. Default: float32.
+        exact: ``recurrent_(..., exact=True)``: a step leaves the bits in a recurrent state that one
+            token after the other would, given the same inputs. Default: False.
         compile_options: Keyword arguments of ``torch.compile``, such as
             ``{"mode": "reduce-overhead"}``; None runs without it. Default: none are given.
         compile_prefill: Compile prompts too: one graph for every length. Default: False.
@@ -80,6 +82,7 @@ class SpeculativeDecoder:
         temperature: float = 0.0,
         eos_token_id: int | Sequence[int] | None = None,
         state_dtype: torch.dtype = torch.float32,
+        exact: bool = False,
         compile_options: Mapping[str, Any] | None = {},
         compile_prefill: bool = False,
     ) -> None:
@@ -115,7 +118,7 @@ class SpeculativeDecoder:
         self._proposer = PromptLookup() if proposer is None else proposer
         self._functions = install(model)
         try:
-            self._runner = Runner(model, batch_size, S, length, state_dtype)
+            self._runner = Runner(model, batch_size, S, length, state_dtype, exact)
             self._runner.allocate()
             self._proposer.prepare(model, batch_size, length, num_draft_tokens, state_dtype)
         except BaseException:

@@ -13,7 +13,13 @@ class Runner:
     """Calls a model on a cache of its own; everything in it stays on the device."""
 
     def __init__(
-        self, model: Any, batch_size: int, S: int, length: int, state_dtype: torch.dtype
+        self,
+        model: Any,
+        batch_size: int,
+        S: int,
+        length: int,
+        state_dtype: torch.dtype,
+        exact: bool = False,
     ) -> None:
         self.model = model
         config = model.config.get_text_config(decoder=True)
@@ -23,7 +29,7 @@ class Runner:
             )
         self._names_masks = getattr(config, "layer_types", None) is not None
         self.rows = Rows(batch_size, S, length, model.device)
-        self.cache = RowCache(config, self.rows, state_dtype)
+        self.cache = RowCache(config, self.rows, state_dtype, exact)
 
     @torch.no_grad()
     def allocate(self) -> None:
