@@ -23,12 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# initcheck sees memory that CUDA gave out, not what torch gives out a second time.
-TOOLS = {
-    "memcheck": {},
-    "racecheck": {},
-    "initcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-}
+TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
 class Result(NamedTuple):
@@ -62,16 +57,8 @@ def tests(processes: int, chosen: list[str]) -> Result:
     spread = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--ignore", "tests/interpreted"]
     # pytest-benchmark, which some machines have, warns of other processes, and warnings are errors.
-    command += [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:benchmark",
-        "--tb=short",
-        *spread,
-        *chosen,
-    ]
+    command += ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+    command += ["--show-capture=no", *spread, *chosen]
     return call("tests", command, r"^.*(?:passed|failed|error).* in .*$", {"GDN_REQUIRE_GPU": "1"})
 
 
@@ -82,7 +69,12 @@ def sanitized(tool: str, dtype: str) -> Result:
         return Result(name, False, "there is no compute-sanitizer on PATH", 0.0, "")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
     command += [sys.executable, "tests/sanitized_calls.py", dtype]
-    result = call(name, command, r"^=+ (?:ERROR|RACECHECK) SUMMARY.*$", TOOLS[tool])
+    environment = {}
+    if tool == "initcheck":
+        # It sees memory that CUDA gave out, not what torch gives out a second time.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        command.append("--pointers")
+    result = call(name, command, r"^=+ (?:ERROR|RACECHECK) SUMMARY.*$", environment)
     return without_equal_writes(result) if tool == "racecheck" else result
 
 
