@@ -102,7 +102,7 @@ def plot(one: Run, k: int, path: Path, window: int = 8) -> None:
     axes.axhline(1, color="grey", label="plain decoding")
     axes.set(xlabel="step", ylabel="tokens per step", ylim=(0, k + 1.5))
     axes.set_title(f"{k} drafted tokens, {one.kept.shape[1]} rows, mean of {window} steps")
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
 

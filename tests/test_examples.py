@@ -120,3 +120,24 @@ def test_the_main_job_prints_one_graph_and_identical_tokens(trained, capsys, mon
         assert (counts, same) == (graphs, "yes")
         assert float(prefill) > 0
         assert float(decode) > 0
+
+
+def test_speculative_decoding_prints_identical_texts_and_leaves_a_plot(
+    trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    plot = tmp_path / "steps.png"
+    options = "--rows 2 --prompt-tokens 40 --tokens 24 --drafted 3 --repeats 1 --eager".split()
+    module("speculative").main(["--model", str(trained), *options, "--plot", str(plot)])
+    printed = capsys.readouterr().out
+    assert "texts of 46 tokens identical: yes" in printed
+    rows = {}
+    for line in printed.splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("│").split("│"))
+        rows[name] = cells
+    assert rows["plain"][:2] == ["", "1.00"]
+    kept, each, *rates = rows["3 drafted tokens"]
+    assert 0 <= int(kept.rstrip("%")) <= 100
+    assert 1 <= float(each) <= 4
+    assert all(float(rate) > 0 for rate in rates)
+    assert plot.read_bytes().startswith(b"\x89PNG")
