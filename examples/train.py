@@ -105,7 +105,7 @@ class Muon(torch.optim.Optimizer):
     In float32, and for stacks of matrices such as the experts; ``torch.optim.Muon`` has neither.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float) -> None:
+    def __init__(self, params: list[nn.Parameter], lr: Tensor) -> None:
         super().__init__(params, {"lr": lr, "momentum": 0.95, "weight_decay": 0.1})
 
     @torch.no_grad()
@@ -117,11 +117,14 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - momentum)
                 update = orthogonal(p.grad.lerp(mean, momentum))
                 p.mul_(1 - rate * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * rate * max(p.shape[-2:]) ** 0.5)
+                p.sub_(update * (0.2 * rate * max(p.shape[-2:]) ** 0.5))
 
 
 def new_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices; AdamW for the embedding, convolutions, routers and vectors."""
+    """Muon for the matrices; AdamW for the embedding, convolutions, routers and vectors.
+
+    Their learning rates are tensors: a number would be compiled into the step.
+    """
 
     def is_matrix(name: str, p: Tensor) -> bool:
         return p.dim() >= 2 and min(p.shape[-2:]) >= 16 and "embed" not in name
@@ -129,8 +132,9 @@ def new_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.O
     named = list(model.named_parameters())
     matrices = [p for name, p in named if is_matrix(name, p)]
     rest = [p for name, p in named if not is_matrix(name, p)]
-    adam = torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return [Muon(matrices, learning_rate), adam]
+    rate = torch.tensor(learning_rate)
+    adam = torch.optim.AdamW(rest, rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [Muon(matrices, rate.clone()), adam]
 
 
 def learning_rate_factor(progress: float) -> float:
@@ -177,6 +181,10 @@ def train(model: nn.Module, arguments: argparse.Namespace, rank: int) -> Log:
     windows = even_windows(held_out, arguments.windows, arguments.length)
     generator = torch.Generator().manual_seed(arguments.seed + rank)
     optimizers, gradient = new_optimizers(model, arguments.learning_rate), flat_gradient(model)
+    compute_loss, steps = loss_of, [optimizer.step for optimizer in optimizers]
+    if arguments.compile:
+        compute_loss = torch.compile(loss_of, fullgraph=True, backend=arguments.compile)
+        steps = [torch.compile(step, backend=arguments.compile) for step in steps]
     log, start, step, next_look = Log([], []), time.monotonic(), 0, 0.0
     layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100, bar_format=layout, disable=rank > 0)
@@ -191,13 +199,13 @@ def train(model: nn.Module, arguments: argparse.Namespace, rank: int) -> Log:
             bar.close()
             return log
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = arguments.learning_rate * learning_rate_factor(progress)
+            group["lr"].fill_(arguments.learning_rate * learning_rate_factor(progress))
         tokens = random_windows(text, arguments.batch, arguments.length, generator)
-        nats, loss = loss_of(model, tokens)
+        nats, loss = compute_loss(model, tokens)
         loss.backward()
         average(gradient).mul_(1 / gradient.norm().clamp(min=1))  # clipped to norm 1
-        for optimizer in optimizers:
-            optimizer.step()
+        for optimizer_step in steps:
+            optimizer_step()
         gradient.zero_()
         step += 1
         log.train.append((minutes, nats.item()))
@@ -273,6 +281,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--processes", type=int, default=cores)
     add("--threads", type=int, default=cores, help="of all processes together")
     add("--seed", type=int, default=0)
+    compiled = "compile forward, backward and the optimizers' steps"
+    add("--compile", nargs="?", const="inductor", metavar="BACKEND", help=compiled)
     add("--config", type=json.loads, default={}, help="JSON; sizes of another model")
     return parser.parse_args(argv)
 

@@ -1,6 +1,8 @@
 """A training step as a whole: with layers recomputed, compiled, and by transformers' Trainer."""
 
 import copy
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tiny_models import (
 )
 from tolerance import assert_as_accurate_as_plain
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 
 from gdn_ops.integrations.transformers import use_gdn_ops
 
@@ -114,3 +117,40 @@ def test_the_trainer_takes_the_steps_that_it_takes_without_the_operators(
     for name, p in parameters.items():
         error = (p - expected[name]).abs().max()
         assert error <= precision * expected[name].abs().max(), name
+
+
+@pytest.fixture
+def train(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    return importlib.import_module("train")
+
+
+def test_the_example_compiles_its_whole_step_starts_with_the_eager_loss_and_learns(train):
+    options = [
+        "--steps",
+        "6",
+        "--batch",
+        "2",
+        "--length",
+        "70",
+        "--windows",
+        "2",
+        "--processes",
+        "1",
+    ]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "full_attention_interval": 2}
+    first, last, counted = {}, {}, {}
+    for extra in ([], ["--compile", "aot_eager"]):
+        torch.manual_seed(0)
+        model = train.new_model(train.small_config(**sizes))
+        counters.clear()
+        with use_gdn_ops(model):
+            log = train.train(model, train.parse([*options, *extra]), rank=0)
+        kind = len(extra) > 0
+        first[kind], last[kind] = log.train[0][1], log.train[-1][1]
+        counted[kind] = counters["stats"]["unique_graphs"]
+    # Of forward and loss, and of the step of each optimizer.
+    assert counted == {False: 0, True: 3}
+    # A mean of 140 terms, in another order.
+    assert first[True] == pytest.approx(first[False], rel=140**0.5 * torch.finfo(torch.float32).eps)
+    assert last[True] < first[True]
