@@ -6,7 +6,7 @@
 A rejection moves where the next step reads; no state is copied. A prompt goes through the chunked
 form but for its last ``S`` tokens, among which are the first drafted ones.
 
-Source: docs/semantics.md, multi-token update; tests/test_assisted_cache.py.
+Source: docs/semantics.md, multi-token update; tests/test_assisted.py.
 """
 
 from abc import abstractmethod
