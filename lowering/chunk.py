@@ -141,7 +141,7 @@ def _call(
     return SCAN.call(
         {name: tensors[name] for name in chunk_scan.AXES if name in tensors},
         _inductor.contiguous_layout(v, [B, T, HV, V], dtype),
-        [Config.of(tiles.num_warps, tiles.num_stages, BT=tiles.BT, BK=tiles.BK, BV=tiles.BV)],
+        _scan_configs(tiles, dtype),
         mutated=["state" if in_place else "final_state"],
         aliases={"final_state": "state"} if in_place else None,
         call_sizes=[sequences, HV, V],
@@ -162,6 +162,16 @@ def _call(
         **flags,
         **operands,
     )
+
+
+def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype) -> list[Config]:
+    choices = [(tiles.BV, tiles.num_stages)]
+    # Of float32 and of long keys no others fit.
+    if _inductor.may_autotune() and dtype != torch.float32 and tiles.BK <= 128:
+        others = [(64, 2), (64, 3), (32, 2), (32, 3)]
+        choices += [c for c in others if c[0] <= tiles.BV and c not in choices]
+    sizes = {"BT": tiles.BT, "BK": tiles.BK}
+    return [Config.of(tiles.num_warps, stages, BV=BV, **sizes) for BV, stages in choices]
 
 
 def _generators(T: Any) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from gdn_ops.kernels import causal_conv1d_backward as conv_backward
 from gdn_ops.kernels import chunk, chunk_backward, recurrent
 from lowering import _inductor
 from lowering import causal_conv1d as lowered_conv
+from lowering import chunk as lowered_chunk
 from lowering import recurrent as lowered_recurrent
 from lowering.arch import find_arch
 
@@ -153,7 +154,7 @@ CALLS = {
 EVERYWHERE = ("decode fp32", "verify", "prefill", "gradient", "convolve", "convolve token")
 ARCHS = ("sm_90", "sm_80", "sm_100", "gfx942")
 # For these also what max_autotune would time.
-TIMED = ("decode fp32", "decode bf16", "convolve")
+TIMED = ("decode fp32", "decode bf16", "prefill", "convolve")
 # The stage that gradients share with a prefill of the same flags, but for one factor.
 SHARED = ("gradient", "gradient without norm", "gradient fp32", "gradient packed")
 
@@ -206,9 +207,8 @@ def _recorded():
                 if arch == "sm_90" and call in TIMED:
                     for config in _configs(launch)[1:]:
                         tiles = "x".join(str(size) for _, size in config.tiles)
-                        yield Case(
-                            call, f"{launch.kernel} {tiles}", arch, launch.with_config(config)
-                        )
+                        name = f"{launch.kernel} {tiles} {config.num_stages}"
+                        yield Case(call, name, arch, launch.with_config(config))
 
 
 def _configs(launch):
@@ -231,6 +231,12 @@ def _configs(launch):
             sequences = len(x) if bounds is None else len(bounds) - 1
             nodes = map(_node, (x, weight, written))
             return lowered_conv._configs(*nodes, sequences, bounds is not None)
+        if launch.kernel == "scan":
+            sizes = (launch.args[name] for name in ("BT", "BK", "BV"))
+            tiles = chunk.Tiles(*sizes, launch.num_warps, launch.num_stages)
+            return lowered_chunk._scan_configs(tiles, launch.args["q"].dtype)
+        if launch.kernel == "prepare":
+            return [None]  # one, the launcher's
     raise AssertionError(launch.kernel)
 
 
