@@ -127,8 +127,8 @@ def test_speculative_decoding_prints_identical_texts_and_leaves_a_plot(
 ):
     monkeypatch.setenv("COLUMNS", "200")
     plot = tmp_path / "steps.png"
-    options = "--rows 2 --prompt-tokens 40 --tokens 24 --drafted 3 --repeats 1 --eager".split()
-    module("speculative").main(["--model", str(trained), *options, "--plot", str(plot)])
+    sizes = ["--rows=2", "--prompt-tokens=40", "--tokens=24", "--drafted=3", "--repeats=1"]
+    module("speculative").main(["--model", str(trained), *sizes, "--eager", "--plot", str(plot)])
     printed = capsys.readouterr().out
     assert "texts of 46 tokens identical: yes" in printed
     rows = {}

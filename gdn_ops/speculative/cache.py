@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLaye
 
 from gdn_ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from gdn_ops.chunk import chunk_
-from gdn_ops.integrations.slot_state import SlotInputs, SlotState
+from gdn_ops.integrations.transformers.slot_state import SlotInputs, SlotState
 from gdn_ops.recurrent import recurrent_
 
 

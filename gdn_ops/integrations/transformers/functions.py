@@ -25,7 +25,7 @@ from torch import Tensor
 from gdn_ops._checks import arithmetic_dtype
 from gdn_ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from gdn_ops.chunk import chunk, chunk_
-from gdn_ops.integrations.slot_state import SlotInputs, SlotState
+from gdn_ops.integrations.transformers.slot_state import SlotInputs, SlotState
 from gdn_ops.recurrent import recurrent, recurrent_
 
 

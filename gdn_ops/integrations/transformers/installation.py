@@ -1,18 +1,20 @@
 """Puts functions in their places and undoes it."""
 
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from gdn_ops.integrations.transformers.releases import Place, places
+from gdn_ops.integrations.transformers.releases import Owner, Place, places
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # By owner and name. A layer that is gone needs no undoing, and nothing here keeps it.
-Values = WeakKeyDictionary[ModuleType | nn.Module, dict[str, Any]]
+Values = WeakKeyDictionary[Owner, dict[str, Any]]
+# What stands for an attribute that an owner has from its class only, or from a class above.
+_INHERITED = object()
 
 
 class Installation:
@@ -25,10 +27,11 @@ class Installation:
 
     def __init__(self, wanted: list[Place]) -> None:
         self._placed: Values = WeakKeyDictionary()
-        for owner, name, function in wanted:
-            self._placed.setdefault(owner, {})[name] = function
-            Installation._originals.setdefault(owner, {}).setdefault(name, getattr(owner, name))
-            setattr(owner, name, function)
+        for owner, name, value in wanted:
+            self._placed.setdefault(owner, {})[name] = value
+            before = vars(owner).get(name, _INHERITED)
+            Installation._originals.setdefault(owner, {}).setdefault(name, before)
+            setattr(owner, name, value)
         Installation._in_force.append(self)
 
     def undo(self) -> None:
@@ -43,7 +46,10 @@ class Installation:
                 for other in Installation._in_force:
                     if name in other._placed.get(owner, {}):
                         value, is_original = other._placed[owner][name], False
-                setattr(owner, name, value)
+                if value is _INHERITED:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
                 if is_original:
                     del originals[name]
 
@@ -69,7 +75,8 @@ def use_gdn_ops(
 
     With transformers 5.15 and newer it acts on the functions of the modeling modules, and so on
     every model of a family in the process, whether it was built before or after; with 5.14 and
-    older on the layers of ``model``. A compiled model is compiled once more.
+    older on the layers of ``model``. A compiled model is compiled once more. With 5.23 and newer
+    ``generate`` takes ``prompt_lookup_num_tokens`` and ``assistant_model`` (docs/speculative.md).
 
     Args:
         model: Its families are served, and it must have layers of one. It must be given with

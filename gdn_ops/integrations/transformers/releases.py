@@ -24,12 +24,15 @@ from gdn_ops.integrations.transformers.functions import REPLACEMENTS, replacemen
 FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "qwen4_exp", "lara_mini")
 
 
-class Place(NamedTuple):
-    """An attribute of a module of Python or of torch, and what goes there."""
+Owner = ModuleType | nn.Module | type
 
-    owner: ModuleType | nn.Module
+
+class Place(NamedTuple):
+    """An attribute of a module of Python, of a layer or of a class, and what goes there."""
+
+    owner: Owner
     name: str
-    function: Callable[..., Any]
+    value: Any
 
 
 def places(model: nn.Module | None, state_dtype: torch.dtype) -> Iterator[Place]:
@@ -97,6 +100,10 @@ def _places_of_module(family: str, module: ModuleType, state_dtype: torch.dtype)
     _require(family, module, REPLACEMENTS)
     for name, function in replacements(state_dtype).items():
         yield Place(module, name, function)
+    from gdn_ops.integrations.transformers.assisted import assistance
+
+    for place in assistance(module, state_dtype):
+        yield Place(*place)
 
 
 def _places_of_layer(family: str, layer: nn.Module, state_dtype: torch.dtype) -> Iterator[Place]:

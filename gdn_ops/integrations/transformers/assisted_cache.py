@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from gdn_ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from gdn_ops.chunk import chunk_
-from gdn_ops.integrations.slot_state import SlotInputs, SlotState
+from gdn_ops.integrations.transformers.slot_state import SlotInputs, SlotState
 from gdn_ops.recurrent import recurrent_
 
 
@@ -60,7 +60,7 @@ class Slots(SlotState):
         B, T, HV, V = v.shape
         if self._convolved != T:
             raise RuntimeError(
-                f"assisted_generation: the model code must convolve {T} tokens through "
+                f"assisted generation: the model code must convolve {T} tokens through "
                 f"causal_conv1d_fn before their gated delta rule, got {self._convolved}"
             )
         self._convolved = 0
