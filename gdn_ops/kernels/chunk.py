@@ -41,9 +41,10 @@ class Tiles(NamedTuple):
 
 # Chunks of 128 tokens need 40 % more arithmetic, of 32 leave tensor cores waiting. At K = 128 on
 # sm_90 the scan's loop has 640 instructions and spills nothing, and two programs share a
-# multiprocessor at 2 stages; at K = 256 it spills 130. The shared memory fits every GPU since sm_80
-# and gfx942 (cross-compiled, Triton 3.6.0 and 3.7.1, 2026-11-24). float32 is multiplied without
-# tensor cores: its tiles are those that spill least.
+# multiprocessor at 2 stages. At K = 256 a thread of 4 warps would need more than 255 registers, and
+# on AMD's GPUs, which have 512, one of 8 warps would spill. The shared memory fits every GPU since
+# sm_80 and gfx942 (cross-compiled, Triton 3.6.0 and 3.7.1, 2026-11-24). float32 is multiplied
+# without tensor cores: its tiles are those that spill least.
 def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Tiles:
     """Tiles for ``heads`` states of ``[V, K]`` on a GPU with ``processors`` multiprocessors."""
     BK = max(16, next_power_of_2(K))
@@ -51,7 +52,7 @@ def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Til
     if dtype == torch.float32:
         return Tiles(32 if BK <= 128 else 16, BK, min(32, BV), 8, 1)
     if BK > 128:
-        return Tiles(64, BK, BV, 4, 1)
+        return Tiles(64, BK, BV, 8 if torch.version.hip is None else 4, 1)
     # A program that has a multiprocessor for itself has its memory too.
     is_alone = heads * cdiv(V, BV) <= processors
     return Tiles(64, BK, BV, 4, 3 if is_alone else 2)
