@@ -39,11 +39,11 @@ class BackwardTiles(NamedTuple):
     stages_gradients: int
 
 
-# On sm_90 no stage spills in a loop. float32 is multiplied without tensor cores: chunks of 32 tokens
-# would need half the memory for states, but the reverse scan would have 280 accesses to local memory
-# in its loop. At K = 256 a product of 64 rows, which is one of warp groups, would read operands of 32
-# columns at wrong places (https://github.com/triton-lang/triton/issues/11366), and so the stages that
-# walk chunks have 32 rows (cross-compiled, Triton 3.6.0 and 3.7.1, 2026-11-24).
+# On sm_90 no stage spills in a loop. float32 is multiplied without tensor cores: chunks of 32 would
+# need half the memory for states, but the reverse scan would have 280 accesses to local memory in
+# its loop. At K = 256 a product of 64 rows, which is one of warp groups, would read operands of 32
+# columns at wrong places (https://github.com/triton-lang/triton/issues/11366), and so the stages
+# that walk chunks have 32 rows (cross-compiled, Triton 3.6.0 and 3.7.1, 2026-11-24).
 def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
     """Tiles for heads of ``K`` and ``V`` that fit the shared memory of sm_90."""
     BK = max(16, triton.next_power_of_2(K))
@@ -95,7 +95,7 @@ def _head_major(beta: Tensor) -> Tensor:
 
 def _use_descriptors(*tensors: Tensor) -> bool:
     """Whether tokens may be read and written by tensor descriptors."""
-    _, has_descriptors = chunk._device(tensors[0].device.index)
+    has_descriptors = chunk._gpu_at(tensors[0].device.index).has_descriptors
     is_expanded = any(0 in x.stride() for x in tensors)
     is_reduced = tensors[0].dtype != torch.float32
     return has_descriptors and is_reduced and not is_expanded and chunk._fits_descriptor(*tensors)
