@@ -157,6 +157,9 @@ def chunk_reverse_kernel(
         p_beta += i_first * stride_beta_t
     m_pairs = o_i[:, None] >= o_i[None, :]
     chunks = tl.cdiv(length, BT)
+    # Read a chunk ahead: Triton does so only for what leads to the operands of a product.
+    p_last = p_G + tl.full((), chunks - 1, tl.int64) * (BT * HV * ROWS) + (length - 1) % BT
+    b_next = tl.load(p_last, length > 0, 0.0)
     for i_back in range(chunks):
         i_t = chunks - 1 - i_back
         i_row = tl.full((), i_t * BT, tl.int64)
@@ -180,7 +183,8 @@ def chunk_reverse_kernel(
         # of q and k are part of the log decays that end and start at their tokens.
         i_G = i_t * BT * HV * ROWS
         p_t = p_G + i_row * (HV * ROWS)
-        b_last = tl.load(p_t + tl.minimum(length - i_t * BT, BT) - 1) * 1.4426950408889634
+        b_last = b_next * 1.4426950408889634
+        b_next = tl.load(p_t - (BT * HV * ROWS - BT + 1), i_t > 0, 0.0)
         b_G = load_row(d_G, p_t, i_G, o_i, m_t, USE_DESCRIPTORS) * 1.4426950408889634
         b_Gq, b_Gk = b_G, b_G
         if USE_QK_L2NORM:
@@ -189,8 +193,9 @@ def chunk_reverse_kernel(
             b_Gk = load_row(d_G, p_t + 2 * BT, i_G + 2 * BT, o_i, m_t, USE_DESCRIPTORS)
             b_Gk *= 1.4426950408889634
             b_G = 2 * b_G - b_Gk
-        b_D = decay_between(b_Gq[:, None], b_G[None, :], m_pairs & m_t[:, None])
-        b_P = (b_P * b_D * scale).to(DOT)
+        b_D = decay_between(b_Gq[:, None], b_G[None, :], m_pairs)
+        # In the mask of the decays the tokens would take ten registers more.
+        b_P = tl.where(m_t[:, None], b_P * b_D * scale, 0.0).to(DOT)
 
         # Transposed, [BV, BT]: dS and what comes of it stay in registers as left operands.
         b_dSd = b_dS.to(DOT)
