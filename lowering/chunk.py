@@ -9,6 +9,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from gdn_ops.kernels import chunk as kernels
 from gdn_ops.kernels import chunk_prepare, chunk_scan
+from gdn_ops.kernels.configs import gpu_at
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
@@ -91,9 +92,9 @@ def _call(
     # Packed rows have one sequence more, the tokens of none.
     sequences = B if cu_seqlens is None else cu_seqlens.get_size()[0]
     dtype = q.get_dtype()
-    processors, has_descriptors = kernels.features(_inductor.device(q).index or 0)
+    gpu = gpu_at(_inductor.device(q).index or 0)
     heads = _inductor.hints([sequences])[0] * HV
-    tiles = kernels.pick(K, V, dtype, heads, processors)
+    tiles = kernels.pick(K, V, dtype, heads, gpu)
     sizes: dict[str, Any] = {"H": H, "HV": HV, "K": K}
     flags: dict[str, Any] = {"IS_VARLEN": cu_seqlens is not None, "USE_QK_L2NORM": use_qk_l2norm}
     operands: dict[str, Any] = {
@@ -121,7 +122,11 @@ def _call(
         _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
         [
             Config.of(
-                kernels.prepare_warps(dtype), 1, BT=tiles.BT, BK=tiles.BK, BN=kernels.PREPARE_BN
+                kernels.prepare_warps(dtype, gpu),
+                1,
+                BT=tiles.BT,
+                BK=tiles.BK,
+                BN=kernels.PREPARE_BN,
             )
         ],
         mutated=["G", "weights"],
@@ -134,9 +139,8 @@ def _call(
         **flags,
         **operands,
     )
-    use_descriptors = (
-        has_descriptors and dtype != torch.float32 and all(_fits_descriptor(x) for x in (q, k, v))
-    )
+    fit = all(_fits_descriptor(x) for x in (q, k, v))
+    use_descriptors = gpu.has_descriptors and dtype != torch.float32 and fit
     tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
     return SCAN.call(
         {name: tensors[name] for name in chunk_scan.AXES if name in tensors},

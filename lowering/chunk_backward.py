@@ -13,6 +13,7 @@ from gdn_ops.kernels import (
     chunk_backward_reverse,
 )
 from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backward, rows_of_heads
+from gdn_ops.kernels.configs import gpu_at
 
 from . import _inductor
 from ._inductor import IRNode
@@ -85,7 +86,7 @@ def _head_major(beta: IRNode) -> IRNode:
 
 def _use_descriptors(*tensors: IRNode) -> bool:
     """Whether tokens may be read by tensor descriptors."""
-    _, has_descriptors = chunk_kernels.features(_inductor.device(tensors[0]).index or 0)
+    has_descriptors = gpu_at(_inductor.device(tensors[0]).index or 0).has_descriptors
     steps = [step for x in tensors for step in x.get_stride()]
     return (
         has_descriptors
@@ -145,11 +146,12 @@ class _Call:
         wide = torch.float64 if self.q.get_dtype() == torch.float32 else torch.float32
         rows = 3 if self.use_qk_l2norm else 1
         G = self.new(self.places, self.HV, rows, BT, dtype=wide)
-        warps, bounds = chunk_kernels.prepare_warps(self.q.get_dtype()), chunk_kernels.PREPARE_BN
+        gpu = gpu_at(_inductor.device(self.q).index or 0)
+        warps = chunk_kernels.prepare_warps(self.q.get_dtype(), gpu)
         inverse = PREPARE.call(
             self.named("q", "k", "g", "beta", "cu_seqlens", G=G),
             self.token_layout(self.q, self.HV, BT),
-            [Config.of(warps, 1, BT=BT, BK=self.tiles.BK, BN=bounds)],
+            [Config.of(warps, 1, BT=BT, BK=self.tiles.BK, BN=chunk_kernels.PREPARE_BN)],
             mutated=["G"],
             call_sizes=[self.places, self.HV],
             HAS_G=self.inputs["g"] is not None,

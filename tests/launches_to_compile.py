@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction  # noqa: TID253
 
 import gdn_ops
 from gdn_ops.kernels import chunk as chunk_launcher
+from gdn_ops.kernels.configs import gpu_at
 from lowering.arch import find_arch
 from lowering.fake_gpu import generate
 from lowering.sass import compile_generated, compile_kernel
@@ -114,7 +115,7 @@ def record(call, arch):
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         mock.patch.object(torch.version, "hip", "6.4" if gpu.is_amd else None),
-        mock.patch.object(chunk_launcher, "_device", return_value=chunk_launcher.features(0)),
+        mock.patch.object(chunk_launcher, "_gpu_at", return_value=gpu_at(0)),
         mock.patch.object(triton, "set_allocator"),
     ):
         call()

@@ -17,6 +17,7 @@ from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_stat
 
 import gdn_ops
 from gdn_ops.kernels import chunk
+from gdn_ops.kernels.configs import gpu_at
 
 LENGTHS = (33, 0, 70)
 # Heads of a model, which tensor cores and descriptors serve; and odd ones, which they do not.
@@ -67,7 +68,7 @@ def convolution(dtype, packed, D):
 
 def main(names, with_descriptors):
     if not with_descriptors:
-        chunk._device = lambda index: (chunk.features(index)[0], False)
+        chunk._gpu_at = lambda index: gpu_at(index)._replace(has_descriptors=False)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     for name, packed in itertools.product(names or dtypes, (False, True)):
         for sizes in SIZES:

@@ -282,9 +282,11 @@ def facts(compiler, case):
     return found if case.launch is not None else found[case.kernel]
 
 
-@pytest.mark.parametrize(
-    "case", _params([c for c in LAUNCHES if c.arch == "sm_90"] + LOWERED, SPILLS)
-)
+# The backward is tuned for sm_90 only.
+TUNED = [case for case in LAUNCHES if case.arch == "sm_90" or case.call != "gradient"] + LOWERED
+
+
+@pytest.mark.parametrize("case", _params(TUNED, SPILLS))
 def test_no_register_is_spilled_in_a_loop(facts):
     assert facts.spills_in_loops == 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .chunk_prepare import prepare_kernel
 from .chunk_scan import scan_kernel
-from .configs import cdiv, next_power_of_2
+from .configs import PREPARE_WARPS, SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
 from .launch import launch, strides
 
 
@@ -45,16 +45,16 @@ class Tiles(NamedTuple):
 # on AMD's GPUs, which have 512, one of 8 warps would spill. The shared memory fits every GPU since
 # sm_80 and gfx942 (cross-compiled, Triton 3.6.0 and 3.7.1, 2026-11-24). float32 is multiplied
 # without tensor cores: its tiles are those that spill least.
-def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Tiles:
-    """Tiles for ``heads`` states of ``[V, K]`` on a GPU with ``processors`` multiprocessors."""
+def pick(K: int, V: int, dtype: torch.dtype, heads: int, gpu: Gpu) -> Tiles:
+    """Tiles for ``heads`` states of ``[V, K]``."""
     BK = max(16, next_power_of_2(K))
-    BV = min(64, max(16, next_power_of_2(V)))
+    BV = min(SCAN_BV.get(gpu.arch, 64), max(16, next_power_of_2(V)))
     if dtype == torch.float32:
         return Tiles(32 if BK <= 128 else 16, BK, min(32, BV), 8, 1)
     if BK > 128:
-        return Tiles(64, BK, BV, 8 if torch.version.hip is None else 4, 1)
+        return Tiles(64, BK, BV, 4 if gpu.arch.startswith("gfx") else 8, 1)
     # A program that has a multiprocessor for itself has its memory too.
-    is_alone = heads * cdiv(V, BV) <= processors
+    is_alone = heads * cdiv(V, BV) <= gpu.multiprocessors
     return Tiles(64, BK, BV, 4, 3 if is_alone else 2)
 
 
@@ -62,26 +62,17 @@ def pick(K: int, V: int, dtype: torch.dtype, heads: int, processors: int) -> Til
 PREPARE_BN = 128
 
 
-def prepare_warps(dtype: torch.dtype) -> int:
+def prepare_warps(dtype: torch.dtype, gpu: Gpu) -> int:
     """Warps of ``prepare_kernel``.
 
     Four have 16 rows each, so that all merges of the inverse but two stay inside a warp: a program
     takes 3600 instructions and 50 barriers of each. Without tensor cores the products of keys
     spill, with eight warps least (sm_90, cross-compiled, 2026-11-24).
     """
-    return 8 if dtype == torch.float32 else 4
+    return 8 if dtype == torch.float32 else PREPARE_WARPS.get(gpu.arch, 4)
 
 
-def features(index: int | None) -> tuple[int, bool]:
-    """Multiprocessors of a device, and whether tensor descriptors are a feature of its hardware."""
-    if index is None:  # the interpreter
-        return 1, False
-    properties = torch.cuda.get_device_properties(index)
-    has_descriptors = torch.version.hip is None and properties.major >= 9
-    return properties.multi_processor_count, has_descriptors
-
-
-_device = functools.cache(features)
+_gpu_at = functools.cache(gpu_at)
 
 
 def _new_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -170,7 +161,7 @@ def prepare(
         BT=tiles.BT,
         BK=tiles.BK,
         BN=PREPARE_BN,
-        num_warps=prepare_warps(k.dtype),
+        num_warps=prepare_warps(k.dtype, _gpu_at(k.device.index)),
         num_stages=1,
     )
     return G, inverse, weights
@@ -197,12 +188,12 @@ def _launch(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0]  # packed: one more, the tokens of none
-    processors, has_descriptors = _device(q.device.index)
-    tiles = pick(K, V, q.dtype, N * HV, processors)
+    gpu = _gpu_at(q.device.index)
+    tiles = pick(K, V, q.dtype, N * HV, gpu)
     G, inverse, weights = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     # Descriptors are of use where tensor cores read what they load.
-    use_descriptors = has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
+    use_descriptors = gpu.has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
     if use_descriptors:
         triton.set_allocator(_new_scratch)
     launch(

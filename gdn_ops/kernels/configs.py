@@ -1,6 +1,36 @@
 """Tiles and warps of the kernels, as data."""
 
 import functools
+from typing import NamedTuple
+
+import torch
+
+# Rows of a state that a program of chunk's scan owns, where they are not 64: with 64 a thread of
+# four warps accesses local memory in the loop, 17 times on sm_100 and 16 on gfx942, with 32 never
+# (cross-compiled, Triton 3.7.1, 2026-11-24). On sm_80, sm_89 and sm_90 64 rows spill nothing.
+SCAN_BV = {"sm_100": 32, "gfx942": 32}
+# Warps of prepare, where they are not 4: with 4 a thread spills 49 times on sm_100, with 8 never.
+PREPARE_WARPS = {"sm_100": 8}
+
+
+class Gpu(NamedTuple):
+    """What the choice of tiles depends on."""
+
+    arch: str  # as sm_90 or gfx942
+    multiprocessors: int
+    has_descriptors: bool  # tensor descriptors are a feature of its hardware
+
+
+def gpu_at(index: int | None) -> Gpu:
+    """The GPU of this index; None is the interpreter."""
+    if index is None:
+        return Gpu("interpreter", 1, False)
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+        return Gpu(arch, properties.multi_processor_count, False)
+    arch = f"sm_{properties.major}{properties.minor}"
+    return Gpu(arch, properties.multi_processor_count, properties.major >= 9)
 
 
 def cdiv(a: int, b: int) -> int:
