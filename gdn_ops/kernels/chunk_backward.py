@@ -51,7 +51,7 @@ def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
     if dtype == torch.float32:
         return BackwardTiles(16, BK, min(BV, 32), min(BV, 32), 8, 8, 1, 1)
     if BK > 128:
-        return BackwardTiles(32, BK, min(BV, 32), min(BV, 64), 8, 8, 1, 1)
+        return BackwardTiles(32, BK, min(BV, 32), 16, 8, 8, 1, 1)
     return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 2)
 
 

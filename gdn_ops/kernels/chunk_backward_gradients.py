@@ -312,27 +312,36 @@ def chunk_gradients_kernel(
             b_beta = tl.load(p_beta + i_r * stride_beta_h + o_i * stride_beta_t, m_t, 0.0).to(
                 tl.float32
             )
-        o_S = i_r * (V * K)
         o_r = o_row + i_r
-        b_drS = through_state(dr + o_r * V, p_S + o_S, m_t, HV, K, V, DOT, PRECISION, BT, BK, BV)
+        b_drS = tl.zeros((BT, BK), tl.float32)
+        b_udS = tl.zeros((BT, BK), tl.float32)
+        b_dwhole = tl.zeros((BV, BK // 8), WIDE)
+        for i_v in range(tl.cdiv(V, BV)):
+            o_v = i_v * BV + tl.arange(0, BV)
+            m_v = m_t[:, None] & (o_v < V)[None, :]
+            m_S = (o_v < V)[:, None] & (o_k < K)[None, :]
+            o_tv = o_r * V + o_i[:, None] * (HV * V) + o_v[None, :]
+            o_vk = i_r * (V * K) + o_v[:, None] * K + o_k[None, :]
+            b_S = tl.load(p_S + o_vk, m_S, 0.0).to(DOT)
+            b_dS = tl.load(p_dS + o_vk, m_S, 0.0).to(DOT)
+            b_dr = tl.load(dr + o_tv, m_v, 0.0).to(DOT)
+            b_u = tl.load(u + o_tv, m_v, 0.0).to(DOT)
+            b_drS = tl.dot(b_dr, b_S, b_drS, input_precision=PRECISION)
+            b_udS = tl.dot(b_u, b_dS, b_udS, input_precision=PRECISION)
+            if HAS_G:
+                # Of eight neighbours by one thread: the others wait for the end of the loop.
+                b_SdS = tl.reshape(b_S.to(WIDE) * b_dS.to(WIDE), (BV, BK // 8, 8))
+                b_dwhole += tl.sum(b_SdS, 2)
         b_drS *= -(b_decay * b_k_scale)[:, None]
-        b_dG_k = row_products(b_drS, tl.load(p_k + o_tk, m_k, 0.0), WIDE)
         b_dk += b_drS * b_beta[:, None]
+        b_udS *= (b_tail * b_k_scale)[:, None]
+        b_dk += b_udS
+        b_dG_k = row_products(b_drS, tl.load(p_k + o_tk, m_k, 0.0), WIDE)
         if HAS_BETA:
             b_dbeta = take_row(b_dbeta_rows, i_r) + b_dG_k
             p_dbeta = dbeta + o_r + o_i * HV
             tl.store(p_dbeta, b_dbeta.to(dbeta.dtype.element_ty), m_t)
-        b_udS = through_state(u + o_r * V, p_dS + o_S, m_t, HV, K, V, DOT, PRECISION, BT, BK, BV)
-        b_udS *= (b_tail * b_k_scale)[:, None]
-        b_dk += b_udS
         if HAS_G:
-            b_dwhole = tl.zeros((BV,), WIDE)
-            for i_v in range(tl.cdiv(V, BV)):
-                o_v = i_v * BV + tl.arange(0, BV)
-                m_S = (o_v < V)[:, None] & (o_k < K)[None, :]
-                o_vk = o_v[:, None] * K + o_k[None, :]
-                b_S = tl.load(p_S + o_S + o_vk, m_S, 0.0)
-                b_dwhole += row_products(b_S, tl.load(p_dS + o_S + o_vk, m_S, 0.0), WIDE)
             b_dG_tail = row_products(b_udS, tl.load(p_k + o_tk, m_k, 0.0), WIDE)
             b_dg = tl.cumsum(take_row(b_dG_rows, i_r) + b_beta * b_dG_k, 0, reverse=True)
             # The decays to the end of the chunk that a token's own is part of: those before it.
