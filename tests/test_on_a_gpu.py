@@ -67,6 +67,8 @@ def test_compiled_prefill_and_its_gradients_equal_eager_ones(packed):
         assert (x - y).norm() <= 2**-7 * y.norm()
 
 
+# With an empty graph torch's CUDA-graph trees keep their memory.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_cuda_graphs_capture_decode_and_verify_on_a_static_pool():
     """``mode="reduce-overhead"``: four steps leave the bits that four eager steps leave."""
     from torch._dynamo.utils import counters
