@@ -18,8 +18,8 @@ demo: $(STAMP)
 # First the kernels, in Triton's interpreter, which must be chosen before triton is imported; then all
 # else. A choice of tests may leave nothing to the first (pytest's exit code 5).
 test: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) $(ARGS) || test $$? = 5
-	$(BIN)/python -m pytest -n auto --ignore tests/interpreted $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal $(INTERPRETED) $(ARGS) || test $$? = 5
+	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/interpreted $(ARGS)
 
 # Code that is generated and compiled for GPUs, with each torch that is served: make matrix ARGS=2.11
 matrix:

@@ -4,6 +4,8 @@ The exact and the plain result are as in test_transformers.py. A gradient of a w
 the tokens, so their number is the number of terms.
 """
 
+import os
+
 import pytest
 import torch
 from tiny_models import (
@@ -23,6 +25,8 @@ from transformers import DataCollatorWithFlattening
 from gdn_ops.integrations.transformers import use_gdn_ops
 
 BATCHES = 4
+# With GDN_LONG=1 all, which takes some minutes.
+WITH_SHORT_ROWS = CLASSES if os.environ.get("GDN_LONG") == "1" else ("qwen3_next",)
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -51,8 +55,12 @@ def _labelled(ids, **options):
     return {"input_ids": ids, "labels": ids, **options}
 
 
-@pytest.mark.parametrize(("rows", "length"), [(70, 3), (2, 130)])
-def test_gradients_of_all_parameters_are_as_accurate_as_hugging_face_s(model, rows, length):
+@pytest.mark.parametrize(
+    ("family", "rows", "length"),
+    [(family, 2, 130) for family in CLASSES] + [(family, 70, 3) for family in WITH_SHORT_ROWS],
+)
+def test_gradients_of_all_parameters_are_as_accurate_as_hugging_face_s(family, rows, length):
+    model = model_of(family)
     batches = [[_labelled(tokens(rows, length, seed))] for seed in range(BATCHES)]
     with use_gdn_ops(model):
         ours = gradients(model, *batches)
