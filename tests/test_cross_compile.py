@@ -4,7 +4,6 @@ Each kernel in the configurations that its launcher and its lowering choose at t
 16 and 32 heads of 128. All flags are compiled for sm_90, a selection for the other architectures.
 """
 
-import importlib.metadata
 import os
 import re
 import types
@@ -138,6 +137,7 @@ CALLS = {
     "prefill slices": prefill_slices,
     "gradient": lambda: gradient(),
     "gradient without norm": lambda: gradient(l2norm=False),
+    "gradient K=64": lambda: gradient(K=64),
     "gradient K=256": lambda: gradient(K=256),
     "gradient fp32": lambda: gradient(FP32),
     "gradient packed": lambda: gradient(is_packed=True),
@@ -157,25 +157,6 @@ ARCHS = ("sm_90", "sm_80", "sm_100", "gfx942")
 TIMED = ("decode fp32", "decode bf16", "prefill", "convolve")
 # The stage that gradients share with a prefill of the same flags, but for one factor.
 SHARED = ("gradient", "gradient without norm", "gradient fp32", "gradient packed")
-
-# Accesses to local memory in loops, on sm_90 with Triton 3.7.1; a kernel that spills no more is
-# noticed, and leaves the table.
-SPILLS = {
-    ("prefill K=256", "scan"): 152,
-    ("gradient K=256", "chunk_reverse"): 19,
-    ("gradient K=256", "chunk_gradients"): 4,
-    ("gradient fp32", "chunk_reverse"): 6088,
-    ("gradient fp32", "chunk_gradients"): 77,
-    ("gradient packed", "chunk_reverse"): 1,
-}
-# Where another Triton differs.
-SPILLS |= {
-    "3.6": {("gradient K=256", "chunk_gradients"): 0},
-    "3.8": {
-        ("gradient K=256", "chunk_gradients"): 0,
-        ("gradient packed", "chunk_reverse"): 0,
-    },
-}.get(importlib.metadata.version("triton")[:3], {})
 
 
 @dataclass(frozen=True)
@@ -253,14 +234,8 @@ LOWERED = [Case(layer, kernel, "sm_90") for layer in LAYERS for kernel in KERNEL
 PRODUCTS = [case for case in LAUNCHES if str(case.launch.args.get("DOT")) in ("bf16", "fp16")]
 
 
-def _params(cases, broken=None):
-    params = []
-    for case in cases:
-        found = (broken or {}).get((case.call, case.kernel))
-        reason = f"{found} accesses to local memory in loops"
-        marks = [pytest.mark.xfail(strict=True, reason=reason)] if found else []
-        params.append(pytest.param(case, id=str(case), marks=marks))
-    return params
+def _params(cases):
+    return [pytest.param(case, id=str(case)) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +261,7 @@ def facts(compiler, case):
 TUNED = [case for case in LAUNCHES if case.arch == "sm_90" or case.call != "gradient"] + LOWERED
 
 
-@pytest.mark.parametrize("case", _params(TUNED, SPILLS))
+@pytest.mark.parametrize("case", _params(TUNED))
 def test_no_register_is_spilled_in_a_loop(facts):
     assert facts.spills_in_loops == 0
 

@@ -39,11 +39,13 @@ class BackwardTiles(NamedTuple):
     stages_gradients: int
 
 
-# On sm_90 no stage spills in a loop. float32 is multiplied without tensor cores: chunks of 32 would
-# need half the memory for states, but the reverse scan would have 280 accesses to local memory in
-# its loop. At K = 256 a product of 64 rows, which is one of warp groups, would read operands of 32
-# columns at wrong places (https://github.com/triton-lang/triton/issues/11366), and so the stages
-# that walk chunks have 32 rows (cross-compiled, Triton 3.6.0 and 3.7.1, 2026-11-24).
+# A product of 64 rows by warp groups reads transposed operands of 32 columns at wrong places
+# (https://github.com/triton-lang/triton/issues/11366), and two groups halve the columns: so heads
+# with K below 128 have no tiles of 64 rows, and at K = 256 the stages that walk chunks have none.
+# float32 is multiplied without tensor cores: chunks of 32 would need half the memory for states,
+# but the reverse scan would have 280 accesses to local memory in its loop. With these tiles no
+# stage has any in a loop, up to V = 128 (sm_90, cross-compiled, Triton 3.6.0 and 3.7.1,
+# 2026-11-24).
 def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
     """Tiles for heads of ``K`` and ``V`` that fit the shared memory of sm_90."""
     BK = max(16, triton.next_power_of_2(K))
@@ -52,6 +54,8 @@ def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
         return BackwardTiles(16, BK, min(BV, 32), min(BV, 32), 8, 8, 1, 1)
     if BK > 128:
         return BackwardTiles(32, BK, min(BV, 32), 16, 8, 8, 1, 1)
+    if BK < 128:
+        return BackwardTiles(32, BK, min(BV, 32), min(BV, 64), 4, 4, 2, 2)
     return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 2)
 
 
