@@ -24,7 +24,7 @@ from ._recurrence import Tokens, initial_states, state_blocks
 from ._sequences import Block, Bounds, as_index
 
 _SCHEMA = (
-    "_backward(Tensor do, Tensor dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? g=None, "
+    "_backward(Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? g=None, "
     "Tensor? beta=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, *, float? scale=None, "
     "bool use_qk_l2norm=False) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dinitial_state)"
@@ -49,7 +49,7 @@ def refuse_per_channel_decay(op: str, g: Tensor | None) -> None:
 def _check(
     op: str,
     do: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -63,7 +63,8 @@ def _check(
     check_initial_state(op, initial_state, q, sizes)
     B, T, N, _, HV, K, V = sizes
     check_shape(op, "do", do, "[B, T, HV, V]", (B, T, HV, V))
-    check_shape(op, "dfinal_state", dfinal_state, "[N, HV, V, K]", (N, HV, V, K))
+    if dfinal_state is not None:
+        check_shape(op, "dfinal_state", dfinal_state, "[N, HV, V, K]", (N, HV, V, K))
     return sizes
 
 
@@ -77,7 +78,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, *optional: Tensor | None) 
 def _reference(op: str) -> Callable[..., Gradients]:
     def backward(
         do: Tensor,
-        dfinal_state: Tensor,
+        dfinal_state: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -91,6 +92,8 @@ def _reference(op: str) -> Callable[..., Gradients]:
     ) -> Gradients:
         args = (q, k, v, g, beta, initial_state)
         sizes = _check(op, do, dfinal_state, *args, cu_seqlens)
+        if dfinal_state is None:
+            dfinal_state = do.new_zeros(sizes.N, sizes.HV, sizes.V, sizes.K)
         tokens = Tokens.of(q, k, v, g, beta, scale, use_qk_l2norm)
         bounds = Bounds.of(q, cu_seqlens)
         grads = _empty_gradients(*args)
@@ -145,7 +148,7 @@ def _write_gradients(
 def _fake(op: str) -> Callable[..., Gradients]:
     def fake(
         do: Tensor,
-        dfinal_state: Tensor,
+        dfinal_state: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -177,11 +180,16 @@ def register_backward(name: str) -> None:
         ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
     ) -> None:
         refuse_per_channel_decay(name, inputs[3])
+        ctx.set_materialize_grads(False)  # most often nobody asks for that of the final state
         ctx.save_for_backward(*inputs)
         ctx.keywords = keyword_only_inputs
 
-    def backward(ctx: Any, do: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, do: Tensor | None, dfinal_state: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(inputs[2])
         grads = getattr(torch.ops.gdn, op)(do, dfinal_state, *inputs, **ctx.keywords)
         present = (grad if x is not None else None for grad, x in zip(grads, inputs, strict=False))
         return (*present, None)  # none for cu_seqlens

@@ -197,7 +197,7 @@ class _Call:
 
 def lower(
     do: IRNode,
-    dfinal_state: IRNode,
+    dfinal_state: IRNode | None,
     q: IRNode,
     k: IRNode,
     v: IRNode,
@@ -234,7 +234,8 @@ def lower(
         written["dinitial_state"] = call.new(*size, dtype=initial_state.get_dtype())
     tensors = call.named(*("do", "dfinal_state", "q", "k", "beta", "cu_seqlens"), **made, **written)
     mutated = [name for name, x in written.items() if x is not None]
-    dr = call.scan(REVERSE, tensors, mutated, scale=call.scale)
+    has_dfinal_state = dfinal_state is not None
+    dr = call.scan(REVERSE, tensors, mutated, scale=call.scale, HAS_DFINAL_STATE=has_dfinal_state)
 
     gradients: dict[str, IRNode | None] = {
         "dk": call.new(*k.get_size()),

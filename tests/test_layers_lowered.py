@@ -275,9 +275,8 @@ reduction: add mul sum pow div
 extern_kernels.mm
 reduction: silu mul sum pow div add
 template: gdn_chunk_prepare
-pointwise: zeros gdn.chunk_backward
+pointwise: gdn.chunk_backward
 template: gdn_chunk_backward_replay
-pointwise: zeros
 template: gdn_chunk_backward_reverse
 template: gdn_chunk_backward_gradients
 pointwise: exp neg mul add softplus_backward sigmoid_backward cat

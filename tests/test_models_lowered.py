@@ -160,6 +160,6 @@ template gdn_causal_conv1d_backward
 8 extern_kernels._grouped_mm
 4 extern_kernels.bmm
 34 extern_kernels.mm
-35 pointwise
+34 pointwise
 31 reduction""",
     )

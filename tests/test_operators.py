@@ -45,7 +45,7 @@ chunk_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, 
     state_indices, Tensor? has_initial_state=None, Tensor? cu_seqlens=None, Tensor?
     read_indices=None, *, float? scale=None, bool use_qk_l2norm=False, int null_index=-1) ->
     Tensor
-chunk_backward(Tensor do, Tensor dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? g=None,
+chunk_backward(Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? g=None,
     Tensor? beta=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, *, float?
     scale=None, bool use_qk_l2norm=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor
     dbeta, Tensor dinitial_state)
@@ -56,8 +56,8 @@ recurrent_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) sta
     state_indices=None, Tensor? num_accepted_tokens=None, Tensor? cu_seqlens=None, Tensor?
     read_indices=None, *, float? scale=None, bool use_qk_l2norm=False, int null_index=-1, bool
     exact=False) -> Tensor
-recurrent_backward(Tensor do, Tensor dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? g=None,
-    Tensor? beta=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, *, float?
+recurrent_backward(Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor?
+    g=None, Tensor? beta=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, *, float?
     scale=None, bool use_qk_l2norm=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor
     dbeta, Tensor dinitial_state)""",
     )

@@ -66,7 +66,7 @@ def rows_of_heads(H: int, HV: int) -> int:
 
 def supports(
     do: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -107,7 +107,7 @@ def _use_descriptors(*tensors: Tensor) -> bool:
 
 def chunk_backward(
     do: Tensor,
-    dfinal_state: Tensor,
+    dfinal_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -179,7 +179,7 @@ def chunk_backward(
         *(do, dfinal_state, q, k, beta, cu_seqlens, G, inverse),
         *(dstates, dinitial_state, dr),
         *do.stride(),
-        *dfinal_state.stride(),
+        *strides(dfinal_state, 4),
         *q.stride(),
         *k.stride(),
         *strides(beta, 3),
@@ -187,6 +187,7 @@ def chunk_backward(
         *dr.stride(),
         T,
         scale=scale,
+        HAS_DFINAL_STATE=dfinal_state is not None,
         **scan,
     )
     chunk_gradients_kernel[(places * H,)](

@@ -84,6 +84,7 @@ def chunk_reverse_kernel(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    HAS_DFINAL_STATE: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_INITIAL_STATE: tl.constexpr,
     IS_VARLEN: tl.constexpr,
@@ -116,10 +117,12 @@ def chunk_reverse_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_state = (o_v < V)[:, None] & (o_k < K)[None, :]
     o_state = o_v.to(tl.int64)[:, None] * K + o_k[None, :]
-    p_dS = dfinal_state + tl.full((), i_n, tl.int64) * stride_dfinal_state_n
-    p_dS += i_hv * stride_dfinal_state_h
-    p_dS += o_v[:, None] * stride_dfinal_state_v + o_k[None, :] * stride_dfinal_state_k
-    b_dS = tl.load(p_dS, m_state, 0.0).to(tl.float32)
+    b_dS = tl.zeros((BV, BK), tl.float32)
+    if HAS_DFINAL_STATE:
+        p_dS = dfinal_state + tl.full((), i_n, tl.int64) * stride_dfinal_state_n
+        p_dS += i_hv * stride_dfinal_state_h
+        p_dS += o_v[:, None] * stride_dfinal_state_v + o_k[None, :] * stride_dfinal_state_k
+        b_dS = tl.load(p_dS, m_state, 0.0).to(tl.float32)
 
     i_first = tl.full((), i_start, tl.int64)
     p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h

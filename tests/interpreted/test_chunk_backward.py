@@ -136,6 +136,18 @@ def test_gradients_with_beta_of_zero(kernels):
     _assert_equals_autograd(kernels, tensors)
 
 
+def test_an_absent_gradient_of_the_final_state_is_zero(kernels):
+    tensors = _tensors(OPTION_SHAPE)
+    do, zeros = torch.randn_like(tensors["v"]), torch.zeros_like(tensors["initial_state"])
+    for name, x, y in zip(
+        NAMES,
+        kernels.chunk_backward(do, None, *tensors.values()),
+        kernels.chunk_backward(do, zeros, *tensors.values()),
+        strict=True,
+    ):
+        assert_bitwise_equal(x, y, f"d{name}")
+
+
 def test_strided_inputs_give_the_same_bits(kernels):
     tensors = _tensors(OPTION_SHAPE)
     strided = {n: x.movedim(1, -1).contiguous().movedim(-1, 1) for n, x in tensors.items()}
