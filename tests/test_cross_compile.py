@@ -131,6 +131,7 @@ CALLS = {
     "prefill": lambda: prefill(16),
     "prefill of one": lambda: prefill(1),
     "prefill without norm": lambda: prefill(16, l2norm=False),
+    "prefill K=32": lambda: prefill(16, K=32),
     "prefill K=256": lambda: prefill(16, K=256),
     "prefill fp32": lambda: prefill(16, FP32),
     "prefill pool": prefill_pool,
@@ -288,8 +289,9 @@ def test_a_state_is_read_and_written_16_bytes_at_a_time(facts, case):
 
 @pytest.mark.parametrize("case", _params(PRODUCTS))
 def test_products_of_16_bit_operands_run_on_tensor_cores(facts, case):
-    # A product of whole warp groups needs 64 rows and four warps.
-    is_large = case.launch.args["BT"] == 64 and facts.num_warps >= 4
+    # A product of whole warp groups needs 64 rows, of tokens or of a state, and four warps.
+    rows = min(case.launch.args["BT"], case.launch.args.get("BV", 64))
+    is_large = rows == 64 and facts.num_warps >= 4
     expected = {
         "sm_80": r"HMMA$",
         "sm_90": r"HGMMA$" if is_large else r"H(G)?MMA$",

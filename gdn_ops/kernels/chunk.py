@@ -53,8 +53,8 @@ def pick(K: int, V: int, dtype: torch.dtype, heads: int, gpu: Gpu) -> Tiles:
         return Tiles(32 if BK <= 128 else 16, BK, min(32, BV), 8, 1)
     if BK < 64:
         # Of 64 rows the last product would be one of a warp group, with an operand that is too
-        # narrow for it: https://github.com/triton-lang/triton/issues/11366.
-        BV = min(BV, 32)
+        # narrow for it: https://github.com/triton-lang/triton/issues/11366. Of 32 rows it spills.
+        BV = 16
     if BK > 128:
         return Tiles(64, BK, BV, 4 if gpu.arch.startswith("gfx") else 8, 1)
     # A program that has a multiprocessor for itself has its memory too.
