@@ -12,6 +12,8 @@ from tolerance import (
     assert_bitwise_equal,
 )
 
+from gdn_ops.kernels.configs import Gpu
+
 H, HV, K, V = 2, 4, 16, 24
 SLOTS = 7
 LENGTHS = (3, 0, 66, 1, 10)
@@ -36,7 +38,7 @@ def kernels():
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
 def kernels_of_a_device(kernels, monkeypatch, request):
     """The kernels as devices without and with tensor descriptors run them."""
-    monkeypatch.setattr(kernels, "_device", lambda index: (1, request.param))
+    monkeypatch.setattr(kernels, "_gpu_at", lambda index: Gpu("interpreter", 1, request.param))
     return kernels
 
 
