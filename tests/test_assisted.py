@@ -4,6 +4,7 @@ import copy
 import functools
 import json.decoder
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tiny_models import VOCABULARY, tiny_model, tokens
 from gdn_ops.integrations.transformers import use_gdn_ops
 from gdn_ops.integrations.transformers.assisted_cache import SlotLayer
 
+# With GDN_LONG=1 some thousands, which takes a minute or two.
+GREEDY_TOKENS = 3000 if os.environ.get("GDN_LONG") == "1" else 1000
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "model"
 
 
@@ -63,8 +66,8 @@ class Calls:
 
 
 def test_prompt_lookup_generates_the_greedy_text_of_the_trained_model():
-    """1000 tokens; drafts are kept and rejected in numbers, so nothing of the law is idle."""
-    model, prompt, count = trained_model(), source_text(300), 1000
+    """Drafts are kept and rejected in numbers, so nothing of the law is idle."""
+    model, prompt, count = trained_model(), source_text(300), GREEDY_TOKENS
     with use_gdn_ops(model), Calls(model) as calls:
         text = generate(model, prompt, count, prompt_lookup_num_tokens=4)
     with use_gdn_ops(model):
