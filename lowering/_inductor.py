@@ -58,6 +58,12 @@ def realize(x: IRNode) -> IRNode:
     return node
 
 
+def contiguous(x: IRNode) -> IRNode:
+    """``x`` contiguous in memory, copied where it lies there otherwise."""
+    # A clone would be laid out as what it is a clone of, where that is not in memory yet.
+    return realize(ir.ExternKernel.require_contiguous(x))
+
+
 def realize_in_place(x: IRNode, name: str) -> IRNode:
     """``x``, to be written: its own memory and never a copy.
 

@@ -65,13 +65,6 @@ GRADIENTS = _template(
 )
 
 
-def _contiguous(x: IRNode) -> IRNode:
-    """``x`` contiguous in memory, copied where it lies there otherwise."""
-    # A clone would be laid out as what it is a clone of, where that is not in memory yet.
-    ir = _inductor.ir  # type: ignore[attr-defined]  # nothing else of Inductor is known here
-    return _inductor.realize(ir.ExternKernel.require_contiguous(x))
-
-
 def _head_major(beta: IRNode) -> IRNode:
     """``beta`` in float32, the tokens of a head adjacent in rows of 16-byte multiples."""
     T = beta.get_size()[1]
@@ -79,7 +72,7 @@ def _head_major(beta: IRNode) -> IRNode:
     rows = _inductor.lowered(prims.convert_element_type.default, beta, torch.float32)
     rows = _inductor.lowered(aten.permute.default, rows, [0, 2, 1])
     rows = _inductor.lowered(aten.constant_pad_nd.default, rows, padding, 0.0)
-    rows = _inductor.as_result(_contiguous(rows))
+    rows = _inductor.as_result(_inductor.contiguous(rows))
     rows = _inductor.lowered(aten.slice.Tensor, rows, 2, 0, T)
     return _inductor.realize(_inductor.lowered(aten.permute.default, rows, [0, 2, 1]))
 
@@ -214,7 +207,7 @@ def lower(
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
     inputs |= {"dfinal_state": dfinal_state, "cu_seqlens": cu_seqlens}
     inputs = {name: x and _inductor.realize(x) for name, x in inputs.items()}
-    inputs["do"] = _contiguous(do)
+    inputs["do"] = _inductor.contiguous(do)
     call = _Call(inputs, scale, use_qk_l2norm)
     made = call.prepare()
 

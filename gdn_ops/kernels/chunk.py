@@ -16,6 +16,7 @@ from .chunk_prepare import prepare_kernel
 from .chunk_scan import scan_kernel
 from .configs import PREPARE_WARPS, SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
 from .launch import launch, strides
+from .plan import new_scratch
 
 
 def supports(
@@ -77,11 +78,6 @@ def prepare_warps(dtype: torch.dtype, gpu: Gpu) -> int:
 
 
 _gpu_at = functools.cache(gpu_at)
-
-
-def _new_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptors that a kernel makes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _fits_descriptor(*tensors: Tensor) -> bool:
@@ -199,7 +195,7 @@ def _launch(
     # Descriptors are of use where tensor cores read what they load.
     use_descriptors = gpu.has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
     if use_descriptors:
-        triton.set_allocator(_new_scratch)
+        triton.set_allocator(new_scratch)
     launch(
         scan_kernel,
         N * HV * cdiv(V, tiles.BV),

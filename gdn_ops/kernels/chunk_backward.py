@@ -21,6 +21,7 @@ from .chunk_backward_gradients import chunk_gradients_kernel
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
 from .launch import strides
+from .plan import new_scratch
 
 # Bounds of sequences that a program reads at once to find its chunk.
 PLACE_BN = 128
@@ -139,7 +140,7 @@ def chunk_backward(
     )
     use_descriptors = _use_descriptors(q, k, v, do, states)
     if use_descriptors:
-        triton.set_allocator(chunk._new_scratch)
+        triton.set_allocator(new_scratch)
         beta = None if beta is None else _head_major(beta)
     flags: dict[str, Any] = {
         "H": H,
