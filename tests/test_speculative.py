@@ -169,7 +169,7 @@ def test_a_text_ends_where_it_must():
 def test_states_may_be_kept_in_bfloat16():
     with decoder_of(trained_model(), 1, state_dtype=torch.bfloat16) as decoder:
         decoder.generate(prompts()[:1], 5)
-        layers = [x.states for x in decoder._runner.cache.layers if hasattr(x, "states")]
+        layers = [x.slots for x in decoder._runner.cache.layers if hasattr(x, "slots")]
         assert {states._state.dtype for states in layers} == {torch.bfloat16}
 
 
@@ -199,7 +199,7 @@ def pools_of(decoder):
     for runner in filter(None, runners):
         pools.append(runner.rows.accepted)
         for layer in runner.cache.layers:
-            pools += [x for x in vars(getattr(layer, "states", object)).values() if is_tensor(x)]
+            pools += [x for x in vars(getattr(layer, "slots", object)).values() if is_tensor(x)]
     return pools
 
 

@@ -27,7 +27,7 @@ def step_of(proposer):
             decoder.prefill(row, tokens(1, 5 + row)[0])
         with torch.no_grad():
             modules = generate(decoder._step, mode="reduce-overhead")
-    (states,) = (x.states for x in decoder._runner.cache.layers if hasattr(x, "states"))
+    (states,) = (x.slots for x in decoder._runner.cache.layers if hasattr(x, "slots"))
     return modules, states
 
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gdn_ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from gdn_ops.chunk import chunk_
-from gdn_ops.integrations.transformers.slot_state import SlotInputs, SlotState
+from gdn_ops.integrations.transformers.slot_layer import LendingLayer
+from gdn_ops.integrations.transformers.slot_state import SlotState
 from gdn_ops.recurrent import recurrent_
 
 
@@ -129,27 +130,6 @@ class RowStates(SlotState):
         return causal_conv1d_(x, weight, bias, self._conv_scratch, activation=activation)
 
 
-class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformers is not checked
-    """Lends its ``RowStates`` to the model code."""
-
-    def __init__(self, states: RowStates) -> None:
-        super().__init__()
-        self.record_past = True  # the model code then leaves the history to the cache
-        self.has_previous_state[0] = True
-        self.states = states
-        self.conv_states[0] = self.recurrent_states[0] = states
-
-    def update_conv_state(
-        self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any
-    ) -> SlotInputs:
-        return SlotInputs(self.states, conv_states)
-
-    def update_recurrent_state(
-        self, recurrent_states: SlotState, state_idx: int = 0, **kwargs: Any
-    ) -> SlotState:
-        return self.states
-
-
 class AttentionLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not checked
     """Keys and values of every row; a rejected token's are written over by the next step."""
 
@@ -196,10 +176,10 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
         kinds = (
             getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         )
-        layers: list[RecurrentLayer | AttentionLayer] = []
+        layers: list[LendingLayer | AttentionLayer] = []
         for kind in kinds:
             if kind == "linear_attention" and getattr(config, "number_of_conv_states", 1) == 1:
-                layers.append(RecurrentLayer(RowStates(rows, state_dtype, exact)))
+                layers.append(LendingLayer(RowStates(rows, state_dtype, exact)))
             elif kind == "full_attention":
                 layers.append(AttentionLayer(rows))
             else:

@@ -11,15 +11,14 @@ Source: docs/semantics.md, multi-token update; tests/test_assisted.py.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
 
 from gdn_ops.causal_conv1d import causal_conv1d, causal_conv1d_
 from gdn_ops.chunk import chunk_
-from gdn_ops.integrations.transformers.slot_state import SlotInputs, SlotState
+from gdn_ops.integrations.transformers.slot_layer import LendingLayer
+from gdn_ops.integrations.transformers.slot_state import SlotState
 from gdn_ops.recurrent import recurrent_
 
 
@@ -217,35 +216,18 @@ class DraftSlots(Slots):
             self._last = self.S - 1
 
 
-class SlotLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformers is not checked
-    """What stands in a cache of transformers for a layer with a recurrent state."""
+class SlotLayer(LendingLayer):
+    """A layer of a cache for assisted generation: one that can be cropped."""
 
     is_croppable = True
-
-    def __init__(self, slots: Slots) -> None:
-        super().__init__()
-        self.slots = slots
-        self.record_past = True
-        self.has_previous_state[0] = True  # the slots hold zeros before the first token
-        self.conv_states[0] = self.recurrent_states[0] = slots
-
-    def update_conv_state(
-        self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any
-    ) -> SlotInputs:
-        return SlotInputs(self.slots, conv_states)
-
-    def update_recurrent_state(
-        self, recurrent_states: SlotState, state_idx: int = 0, **kwargs: Any
-    ) -> SlotState:
-        return self.slots
+    slots: Slots
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; as everywhere in transformers, their number is negative."""
         self.slots.remove(-tokens_to_remove)
 
     def reset(self) -> None:
-        self.slots = type(self.slots)(self.slots.S, self.slots._state_dtype)
-        self.conv_states[0] = self.recurrent_states[0] = self.slots
+        self.lend(type(self.slots)(self.slots.S, self.slots._state_dtype))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("reorder_cache: a cache of assisted generation serves no beams")

@@ -2,8 +2,8 @@
 
 The model code of transformers passes the state that it finds in a cache on to its functions
 without looking into it. So a cache that keeps a state after every token, to be able to reject the
-last of them, lends an object that updates its own pool, and the functions of ``transformers.py`` in
-this folder leave the update to it.
+last of them, lends an object that updates its own pool, and the functions of ``functions.py`` leave
+the update to it.
 
 Source: docs/semantics.md, multi-token update; tests/test_assisted.py, tests/test_speculative.py.
 """
