@@ -67,24 +67,15 @@ def chunk_gated_delta_rule(
             that was written.
     """
     tokens = (query, key, value, g.to(arithmetic_dtype(query.dtype)), beta)
-    if isinstance(initial_state, SlotState):
-        return initial_state.gated_delta_rule(*tokens, use_qk_l2norm_in_kernel), initial_state
-    if output_final_state and _in_place(initial_state, *tokens):
-        assert initial_state is not None
-        o = chunk_(
-            *tokens,
-            initial_state.transpose(-1, -2),
-            None,
-            cu_seqlens=cu_seqlens,
-            use_qk_l2norm=use_qk_l2norm_in_kernel,
-        )
-        return o, initial_state
-    o, final_state = chunk(
-        *tokens, _v_first(initial_state), cu_seqlens, use_qk_l2norm=use_qk_l2norm_in_kernel
+    return _gated_delta_rule(
+        (chunk, chunk_),
+        tokens,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        state_dtype,
     )
-    if initial_state is None and state_dtype is not None:
-        final_state = final_state.to(state_dtype)
-    return o, final_state.transpose(-1, -2) if output_final_state else None
 
 
 def recurrent_gated_delta_rule(
@@ -104,20 +95,36 @@ def recurrent_gated_delta_rule(
     Arguments and results are those of ``chunk_gated_delta_rule`` in this file.
     """
     tokens = (query, key, value, g.to(arithmetic_dtype(query.dtype)), beta)
-    if isinstance(initial_state, SlotState):
-        return initial_state.gated_delta_rule(*tokens, use_qk_l2norm_in_kernel), initial_state
-    if output_final_state and _in_place(initial_state, *tokens):
-        assert initial_state is not None
-        o = recurrent_(
-            *tokens,
-            initial_state.transpose(-1, -2),
-            cu_seqlens=cu_seqlens,
-            use_qk_l2norm=use_qk_l2norm_in_kernel,
-        )
-        return o, initial_state
-    o, final_state = recurrent(
-        *tokens, _v_first(initial_state), cu_seqlens, use_qk_l2norm=use_qk_l2norm_in_kernel
+    return _gated_delta_rule(
+        (recurrent, recurrent_),
+        tokens,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
     )
+
+
+def _gated_delta_rule(
+    operators: tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]],
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    state: Tensor | SlotState | None,
+    output_final_state: bool,
+    use_qk_l2norm: bool,
+    cu_seqlens: Tensor | None,
+    state_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | SlotState | None]:
+    """One of the two rules, by its functional operator and the one in place."""
+    functional, in_place = operators
+    if isinstance(state, SlotState):
+        return state.gated_delta_rule(*tokens, use_qk_l2norm), state
+    options = {"cu_seqlens": cu_seqlens, "use_qk_l2norm": use_qk_l2norm}
+    if output_final_state and _in_place(state, *tokens):
+        assert state is not None
+        return in_place(*tokens, state.transpose(-1, -2), None, **options), state
+    o, final_state = functional(*tokens, _v_first(state), **options)
+    if state is None and state_dtype is not None:
+        final_state = final_state.to(state_dtype)
     return o, final_state.transpose(-1, -2) if output_final_state else None
 
 
