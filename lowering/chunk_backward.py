@@ -137,7 +137,7 @@ class _Call:
         """``G`` and ``inverse``."""
         BT = self.tiles.BT
         wide = torch.float64 if self.q.get_dtype() == torch.float32 else torch.float32
-        rows = 3 if self.use_qk_l2norm else 1
+        rows = chunk_kernels.rows_of_decays(self.use_qk_l2norm, is_scaled=False)
         G = self.new(self.places, self.HV, rows, BT, dtype=wide)
         gpu = gpu_at(_inductor.device(self.q).index or 0)
         warps = chunk_kernels.prepare_warps(self.q.get_dtype(), gpu)

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_ops.integrations.transformers.installation import check_state_dtype
 from gdn_ops.speculative.cache import Phase, static
 from gdn_ops.speculative.proposer import PromptLookup, Proposer
-from gdn_ops.speculative.runner import Runner, install
-
-_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from gdn_ops.speculative.runner import Runner, install, is_hybrid
 
 
 class SpeculativeDecoder:
@@ -96,12 +95,8 @@ class SpeculativeDecoder:
                 raise ValueError(
                     f"SpeculativeDecoder: {name} must be at least {least}, got {value}"
                 )
-        if state_dtype not in _STATE_DTYPES:
-            raise ValueError(
-                f"SpeculativeDecoder: state_dtype must be float32, bfloat16 or float16, "
-                f"got {state_dtype}"
-            )
-        if not any(type(m).__name__.endswith("GatedDeltaNet") for m in model.modules()):
+        check_state_dtype("SpeculativeDecoder", state_dtype)
+        if not is_hybrid(model):
             raise ValueError(
                 f"SpeculativeDecoder: model must have gated delta net layers, "
                 f"got {type(model).__name__}"

@@ -65,6 +65,9 @@ class Runner:
 
 def install(model: nn.Module) -> Installation:
     """Put the operators under a model, if it has layers for them."""
-    if any(name.endswith("GatedDeltaNet") for name in (type(m).__name__ for m in model.modules())):
-        return use_gdn_ops(model)
-    return Installation([])
+    return use_gdn_ops(model) if is_hybrid(model) else Installation([])
+
+
+def is_hybrid(model: nn.Module) -> bool:
+    """Whether a model has gated delta net layers."""
+    return any(type(m).__name__.endswith("GatedDeltaNet") for m in model.modules())

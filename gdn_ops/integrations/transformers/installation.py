@@ -65,6 +65,14 @@ class Installation:
         self.undo()
 
 
+def check_state_dtype(op: str, state_dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` where states cannot be kept in a dtype."""
+    if state_dtype not in STATE_DTYPES:
+        raise ValueError(
+            f"{op}: state_dtype must be float32, bfloat16 or float16, got {state_dtype}"
+        )
+
+
 def use_gdn_ops(
     model: nn.Module | None = None, *, state_dtype: torch.dtype = torch.float32
 ) -> Installation:
@@ -95,8 +103,5 @@ def use_gdn_ops(
 
     Source: tests/test_use_gdn_ops.py; ``make transformers-matrix`` for the releases.
     """
-    if state_dtype not in STATE_DTYPES:
-        raise ValueError(
-            f"use_gdn_ops: state_dtype must be float32, bfloat16 or float16, got {state_dtype}"
-        )
+    check_state_dtype("use_gdn_ops", state_dtype)
     return Installation(list(places(model, state_dtype)))
