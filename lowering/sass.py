@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop of a compiled kernel.
+
+    Args:
+        depth: Loops that it lies in.
+        opcodes: How often each occurs in it, without the loops in it.
+    """
+
+    depth: int
+    opcodes: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Facts:
     """A compiled kernel.
 
@@ -38,9 +51,14 @@ class Facts:
         spills_in_loops: Those of them that lie in a loop.
         shared: Shared memory of a block, bytes, static and dynamic.
         occupancy: Blocks that fit a multiprocessor at a time.
+        limit: What lets no more of them fit: registers, shared memory, threads or blocks; on
+            Blackwell its tensor memory counts as registers.
         instructions: Instructions in all.
-        opcodes: How often each occurs; accesses to memory also by width: ``LDG``, ``LDG.128``.
+        opcodes: How often each occurs; accesses to memory also by width, products by shape:
+            ``LDG``, ``LDG.128``, ``LDSM.4``, ``HGMMA.64x64x16``.
         loops: The same for each innermost loop, in the order of the code.
+        straight: The same for what lies in no loop.
+        nest: All loops, in the order of the code.
         assembly: The text from which all this was read.
         binary: What a GPU loads: a cubin, on AMD an hsaco.
     """
@@ -54,9 +72,12 @@ class Facts:
     spills_in_loops: int
     shared: int
     occupancy: int
+    limit: str
     instructions: int
     opcodes: Mapping[str, int]
     loops: Sequence[Mapping[str, int]]
+    straight: Mapping[str, int]
+    nest: Sequence[Loop]
     assembly: str = dataclasses.field(repr=False)
     binary: bytes = dataclasses.field(repr=False)
 
@@ -171,11 +192,13 @@ def _read_nvidia(compiled: Any, arch: Arch) -> Facts:
     # A multiprocessor of Blackwell has 512 columns of tensor memory, which a block may claim.
     if columns := getattr(compiled.metadata, "tmem_size", 0):
         resident = min(resident, 512 // columns * warps)
+    occupancy, limit = _blocks(arch, warps, resident, shared)
     return Facts(
         registers=used["REG"],
         stack=used["STACK"],
         shared=shared,
-        occupancy=_blocks(arch, warps, resident, shared),
+        occupancy=occupancy,
+        limit=limit,
         **_counts(code, loops, NVIDIA),
         **_described(compiled, arch, assembly),
     )
@@ -191,11 +214,13 @@ def _read_amd(compiled: Any, arch: Arch) -> Facts:
     registers = used["vgpr_count"]
     # A lane has 512 registers of each of four SIMDs, handed out in units of 8, to 8 waves at most.
     resident = 4 * min(8, 512 // max(-(-registers // 8) * 8, 8))
+    occupancy, limit = _blocks(arch, compiled.metadata.num_warps, resident, shared)
     return Facts(
         registers=registers,
         stack=used["private_segment_fixed_size"],
         shared=shared,
-        occupancy=_blocks(arch, compiled.metadata.num_warps, resident, shared),
+        occupancy=occupancy,
+        limit=limit,
         **_counts(code, loops, AMD),
         **_described(compiled, arch, assembly),
     )
@@ -208,11 +233,16 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
 
 
-def _blocks(arch: Arch, warps: int, resident_warps: int, shared: int) -> int:
-    """Blocks of so many warps that fit, where the registers let so many warps be resident."""
-    resident = min(resident_warps, arch.threads // arch.warp)
-    by_shared = arch.shared // max(shared + arch.shared_reserved, 1)
-    return min(arch.ctas, resident // warps, by_shared)
+def _blocks(arch: Arch, warps: int, resident_warps: int, shared: int) -> tuple[int, str]:
+    """Blocks of so many warps that fit, where the registers let so many be resident; the limit."""
+    fits = {
+        "blocks": arch.ctas,
+        "threads": arch.threads // arch.warp // warps,
+        "registers": resident_warps // warps,
+        "shared memory": arch.shared // max(shared + arch.shared_reserved, 1),
+    }
+    limit = min(fits, key=lambda name: fits[name])
+    return fits[limit], limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +269,8 @@ AMD = _Dialect(
 )
 MEMORY = re.compile(r"^(LDG|STG|LDS|STS|LDL|STL|LDGSTS)\.")
 WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
+# Products by shape, waits for them, and matrices that an access to shared memory moves.
+SHAPE = re.compile(r"^(HGMMA|HMMA|WARPGROUP)\.(\w+)|^(LDSM|STSM)\.\S*\.(\d)$")
 
 
 def _parse(assembly: str, dialect: _Dialect) -> tuple[list[str], list[tuple[int, int]]]:
@@ -264,14 +296,27 @@ def _counts(code: list[str], loops: list[tuple[int, int]], dialect: _Dialect) ->
         for start, end in loops
         if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
     ]
-    looping = {i for start, end in loops for i in range(start, end + 1)}
+    # The innermost loop of each instruction: the widest come first, and are written over.
+    owner = [-1] * len(code)
+    by_width = sorted(range(len(loops)), key=lambda i: loops[i][0] - loops[i][1])
+    for i in by_width:
+        start, end = loops[i]
+        owner[start : end + 1] = [i] * (end + 1 - start)
+    own: dict[int, list[str]] = {i: [] for i in range(-1, len(loops))}
+    for i, op in zip(owner, code, strict=True):
+        own[i].append(op)
     spilling = [i for i, op in enumerate(code) if dialect.spill.match(op.split(".")[0])]
     return {
         "instructions": len(code),
         "opcodes": _tally(code),
         "loops": [_tally(code[start : end + 1]) for start, end in innermost],
+        "straight": _tally(own[-1]),
+        "nest": [
+            Loop(sum(s <= start and end <= e for s, e in loops) - 1, _tally(own[i]))
+            for i, (start, end) in enumerate(loops)
+        ],
         "spills": len(spilling),
-        "spills_in_loops": len(looping.intersection(spilling)),
+        "spills_in_loops": sum(owner[i] >= 0 for i in spilling),
     }
 
 
@@ -281,6 +326,8 @@ def _tally(code: list[str]) -> collections.Counter[str]:
         if memory := MEMORY.match(op + "."):
             width = WIDTH.search(op)
             count[f"{memory[1]}.{width[1] if width else '32'}"] += 1
+        elif shape := SHAPE.match(op):
+            count[".".join(part for part in shape.groups() if part)] += 1
     return count
 
 
