@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/cpu.py $(ARGS)
+	$(BIN)/python -m benchmarks cpu $(ARGS)
 
 train: $(STAMP)
 	$(BIN)/python examples/train.py $(ARGS)
@@ -45,7 +45,7 @@ gpu-test:
 	$(PYTHON) .ci/gpu_test.py $(ARGS)
 
 gpu-bench:
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(PYTHON) -m benchmarks gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

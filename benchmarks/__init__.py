@@ -1,0 +1,1 @@
+"""What the operators cost, side by side with what else computes them: ``python -m benchmarks``."""

@@ -1,0 +1,39 @@
+"""The command line of the benchmarks.
+
+    python -m benchmarks [cpu] ...       the operators on a CPU, against transformers' functions
+    python -m benchmarks gpu ...         every row on one GPU, side by side with its peers
+    python -m benchmarks compiled-cpu    a compiled decode step on a CPU
+    python -m benchmarks training-cpu    a training step on a CPU
+    python -m benchmarks state-dtype     what states in fewer bits do to a model's text
+
+Each says more with --help; benchmarks/README.md says what is measured, and how.
+"""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "cpu": "cpu",
+    "gpu": "suite",
+    "compiled-cpu": "compiled_cpu",
+    "training-cpu": "training_cpu",
+    "state-dtype": "state_dtype",
+}
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "cpu"
+    if command not in COMMANDS:
+        raise SystemExit(f"benchmarks: command must be one of {', '.join(COMMANDS)}, got {command}")
+    module = importlib.import_module(f"benchmarks.{COMMANDS[command]}")
+    # Each file parses the arguments of its own command.
+    sys.argv = [f"-m benchmarks {command}", *argv]
+    module.main()
+
+
+if __name__ == "__main__":
+    main()

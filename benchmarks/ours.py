@@ -1,0 +1,62 @@
+"""The operators of this package, as they are called eagerly and under ``torch.compile``."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import gdn_ops
+from benchmarks.cases import Case
+from benchmarks.contender import Call, gradients, tokens_of
+from benchmarks.rows import ONE_STEP, Row
+
+NAME = "gdn_ops"
+PACKAGE = "gdn-ops"
+
+
+def state_arguments(row: Row, case: Case) -> tuple[Tensor, ...]:
+    """The pool, and how the row's sequences find their states in it."""
+    if row.name == "verify":
+        return case.pool, case.table, case.accepted
+    return case.pool, case.slots
+
+
+def make_call(row: Row, case: Case) -> Call:
+    """A call of the operator: gates and l2 norm are applied already."""
+    if row.name == "train":
+        return gradients(gdn_ops.chunk, case)
+    if row.name == "prefill":
+        return lambda: gdn_ops.chunk(*tokens_of(case))
+    if row.name in ONE_STEP:
+        states = state_arguments(row, case)
+        return lambda: gdn_ops.recurrent_(*tokens_of(case), *states)
+    return make_call_with_gates(row, case)
+
+
+def serving(
+    operator: Callable[..., Tensor],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    gates: tuple[Tensor, Tensor, Tensor, Tensor],
+    *states: Tensor,
+) -> Tensor:
+    """What a layer computes between its convolution and its gated norm."""
+    a, b, A_log, dt_bias = gates
+    g, beta = gdn_ops.gdn_gate(a, A_log, dt_bias), b.float().sigmoid()
+    return operator(*qkv, g, beta, *states, use_qk_l2norm=True)
+
+
+@functools.cache
+def compiled(backend: str) -> Callable[..., Tensor]:
+    """``serving``, compiled: on a GPU one kernel of gates, and the operator's with the norm."""
+    return torch.compile(serving, fullgraph=True, dynamic=True, backend=backend)
+
+
+def make_call_with_gates(row: Row, case: Case) -> Call:
+    """A call from what a convolution leaves and from raw gates, as a compiled layer makes it."""
+    operator = gdn_ops.recurrent_ if row.name in ONE_STEP else gdn_ops.chunk_
+    function = compiled("inductor" if case.pool.is_cuda else "aot_eager")
+    gates = case.a, case.b, case.A_log, case.dt_bias
+    states = state_arguments(row, case)
+    raw = case.raw
+    return lambda: function(operator, raw, gates, *states)

@@ -1,0 +1,107 @@
+"""The rows of the suite on a GPU: their names, their shapes, the least that they must move."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads and their sizes; the defaults are those of Qwen3-Next."""
+
+    H: int = 16
+    HV: int = 32
+    K: int = 128
+    V: int = 128
+
+
+HEADS = Heads()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Rows whose peers have the gates and the l2 norm inside; ours is measured without them and with.
+ONE_STEP = ("decode", "verify", "verify_once")
+# Rows of one operator: what these say of bytes, inputs and peers holds for no other row.
+OPERATORS = (*ONE_STEP, "prefill", "prefill_serving", "train")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: ``N`` sequences of ``T`` tokens each, states of the dtype ``state``."""
+
+    name: str
+    N: int
+    T: int
+    state: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.T}x{self.N} {self.state}"
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return DTYPES[self.state]
+
+    @property
+    def writes(self) -> int:
+        """States that a sequence writes."""
+        return self.T if self.name == "verify" else 1
+
+
+BATCHES = (1, 16, 64, 256, 1024)
+STEPS = ((16, 4), (64, 2), (64, 4), (64, 8), (256, 4))
+PREFILLS = ((1, 512), (1, 2048), (1, 8192), (1, 32768), (4, 2048), (8, 1024), (4, 8192))
+
+ROWS = (
+    *(Row("decode", N, 1, state) for state in DTYPES for N in BATCHES),
+    *(Row("verify", N, T, state) for state in DTYPES for N, T in STEPS),
+    *(Row("verify_once", N, T, state) for state in DTYPES for N, T in STEPS),
+    *(Row("prefill", N, T) for N, T in PREFILLS),
+    *(Row("prefill_serving", N, T) for N, T in PREFILLS),
+    *(Row("train", N, T) for N, T in ((1, 8192), (1, 32768), (4, 8192))),
+)
+
+# Measured first, so that a run that is cut short has them.
+HEADLINE = (
+    Row("decode", 64, 1),
+    Row("prefill", 1, 8192),
+    Row("prefill", 4, 8192),
+    Row("decode", 1024, 1, "bf16"),
+    Row("verify", 64, 4),
+    Row("verify_once", 64, 4),
+    Row("prefill_serving", 1, 8192),
+    Row("train", 1, 8192),
+    Row("decode", 1, 1),
+)
+
+
+def parse(text: str) -> Row:
+    """The row that ``str`` writes so: ``decode 1x64 fp32``."""
+    name, shape, state = text.split()
+    T, N = shape.split("x")
+    return Row(name, int(N), int(T), state)
+
+
+def chosen(names: list[str] | None) -> list[Row]:
+    """The rows of these names (all where None), headline rows first.
+
+    Raises:
+        ValueError: a name that no row has.
+    """
+    known = dict.fromkeys(row.name for row in ROWS)
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"rows: {name} must be one of {', '.join(known)}")
+    rows = dict.fromkeys((*HEADLINE, *ROWS))
+    return [row for row in rows if names is None or row.name in names]
+
+
+def bytes_moved(row: Row, heads: Heads = HEADS) -> int:
+    """The least traffic: tokens and outputs once, a state read once, written where it must be.
+
+    A training step reads its tokens three times: forward, again for the backward, and gradients of
+    their size. Its states stay on the chip, as do those that a functional prefill starts from.
+    """
+    H, HV, K, V = heads.H, heads.HV, heads.K, heads.V
+    token = (2 * H * K + 2 * HV * V) * 2 + 2 * HV * 4
+    states = {"prefill": 1, "train": 0}.get(row.name, 1 + row.writes)
+    passes = 3 if row.name == "train" else 1
+    return row.N * (row.T * token * passes + states * HV * V * K * row.state_dtype.itemsize)
