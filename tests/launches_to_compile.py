@@ -1,9 +1,4 @@
-"""What the launchers launch and the lowerings generate at a model's sizes, compiled for any GPU.
-
-The launching functions themselves run, on tensors without memory: only Triton's last step, which
-compiles for the GPU at hand, is replaced by a record. So tiles, warps, flags and what is taken to
-be aligned are the launchers' own choice.
-"""
+"""What the launchers launch and the lowerings generate at a model's sizes, compiled for any GPU."""
 
 import concurrent.futures
 import dataclasses
@@ -11,30 +6,15 @@ import inspect
 import multiprocessing
 import pkgutil
 import re
-import types
-from unittest import mock
 
 import torch
-import triton  # noqa: TID253
 from torch.nn.functional import silu
-from triton.runtime.jit import JITFunction  # noqa: TID253
 
 import gdn_ops
-from gdn_ops.kernels import chunk as chunk_launcher
-from gdn_ops.kernels.configs import gpu_at
-from lowering.arch import find_arch
 from lowering.fake_gpu import generate
 from lowering.sass import compile_generated, compile_kernel
 
 H, HV, K, V = 16, 32, 128, 128
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
 
 
 def new(*size, dtype=torch.bfloat16):
@@ -57,69 +37,6 @@ def tokens(B, T, dtype=torch.bfloat16, K=K, is_kda=False):
         new(B, T, HV, V, dtype=dtype),
     )
     return q, k, v, new(B, T, HV, *[K] * is_kda, dtype=torch.float32), new(B, T, HV, dtype=dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """A kernel, and all that Triton would compile it for.
-
-    Args:
-        fn: The kernel.
-        args: Its arguments by name.
-        num_warps: Warps of a program.
-        num_stages: Stages of its loops' pipelines.
-    """
-
-    fn: JITFunction
-    args: dict
-    num_warps: int
-    num_stages: int
-
-    @property
-    def kernel(self):
-        return self.fn.__name__.removesuffix("_kernel")
-
-    def with_config(self, config):
-        """The same with another choice of the lowering's."""
-        return Launch(self.fn, self.args | dict(config.tiles), config.num_warps, config.num_stages)
-
-    def signature(self):
-        """Types, constants and arguments divisible by 16, by the rules of Triton's launcher."""
-        typed, constants, divisible = {}, {}, []
-        for parameter in self.fn.params:
-            name, x = parameter.name, self.args[parameter.name]
-            if isinstance(x, torch.Tensor):
-                typed[name] = TYPES[x.dtype]
-                x = x.storage_offset() * x.itemsize
-            elif parameter.is_constexpr or x is None or x == 1:
-                constants[name] = x
-                continue
-            else:
-                typed[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
-            divisible += [name] * (x % 16 == 0)
-        return typed, constants, divisible
-
-
-def record(call, arch):
-    """The launches of ``call()`` where the GPU at hand is of this architecture."""
-    launches = []
-
-    def run(fn, *args, grid, warmup, num_warps, num_stages, **constants):
-        # Of what may be absent, constants come by name.
-        named = dict(zip(fn.arg_names, args, strict=False)) | constants
-        launches.append(Launch(fn, named, num_warps, num_stages))
-
-    gpu = find_arch(arch)
-    properties = types.SimpleNamespace(**gpu.device_properties())
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
-        mock.patch.object(torch.version, "hip", "6.4" if gpu.is_amd else None),
-        mock.patch.object(chunk_launcher, "_gpu_at", return_value=gpu_at(0)),
-        mock.patch.object(triton, "set_allocator"),
-    ):
-        call()
-    return launches
 
 
 def decode(q, k, v, g, beta, pool, slots, z):

@@ -24,15 +24,14 @@ from launches_to_compile import (
     Compiler,
     H,
     K,
-    Launch,
     V,
     integers,
     new,
-    record,
     states,
     tokens,
 )
 
+from benchmarks.static.launches import Launch, record
 from gdn_ops.kernels import causal_conv1d as conv
 from gdn_ops.kernels import causal_conv1d_backward as conv_backward
 from gdn_ops.kernels import chunk, chunk_backward, recurrent

@@ -203,8 +203,7 @@ def test_every_form_compiles_to_the_same_arithmetic():
     One more would be a contraction, which is the compiler's choice.
     """
     pytest.importorskip("triton")
-    from launches_to_compile import record
-
+    from benchmarks.static.launches import record
     from gdn_ops.kernels.recurrent import recurrent_ as launching
     from lowering.fake_gpu import generate
     from lowering.sass import compile_generated, compile_kernel
