@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from ._checks import Sizes, arithmetic_dtype
-from ._l2norm import l2norm
 from ._sequences import Block, Bounds, as_index
 
 
 class Prepared(NamedTuple):
-    """Token arguments in the arithmetic dtype, normalised, none absent."""
+    """Token arguments in the arithmetic dtype, none absent; ``q`` and ``k`` not normalised."""
 
     q: Tensor
     k: Tensor
@@ -61,10 +60,8 @@ class Tokens(NamedTuple):
         return Tokens(q, k, v, g, beta, self.scale, self.use_qk_l2norm)
 
     def prepared(self) -> "Prepared":
-        """The same in the arithmetic dtype, normalised, with values for absent arguments."""
+        """The same in the arithmetic dtype, with values for absent arguments."""
         q, k, v = (x.to(self.dtype) for x in self[:3])
-        if self.use_qk_l2norm:
-            q, k = l2norm(torch.stack([q, k]))
         g = v.new_zeros(v.shape[:3]) if self.g is None else self.g
         beta = v.new_ones(v.shape[:3]) if self.beta is None else self.beta.to(self.dtype)
         return Prepared(q, k, v, g, beta)

@@ -92,6 +92,11 @@ class Block:
     _starts: Tensor | None  # [n, 1] where the sequences are scattered
     _everything: bool = False  # all tokens of the call: then nothing need be indexed
 
+    @property
+    def adjacent(self) -> bool:
+        """Whether ``read`` returns a view."""
+        return self._starts is None and isinstance(self._rows, slice)
+
     def _at(self, x: Tensor, t0: int, t1: int) -> tuple[Index, Index]:
         if self._starts is None:
             return self._rows, slice(self._start + t0, self._start + t1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_rank
-from ._chunk_math import forward_chunk, read_chunk, spans
+from ._chunk_math import by_head, forward_chunks, read_chunks, spans
 from ._functional import register_functional
 from ._in_place import check_update, check_update_data, new_update_output, update_pool
 from ._library import refuse_gradient, register_operator
@@ -159,9 +159,15 @@ def _start_scan(tokens: Tokens, o: Tensor) -> Scan:
     def scan(block: Block, S: Tensor, store: Store | None) -> Tensor:
         assert store is None, "a state per token is the recurrent form's"
         S = S.unflatten(1, (tokens.q.shape[2], -1))  # [n, H, R, V, K]
-        for t0, t1 in spans(tokens, block):
-            o_chunk = forward_chunk(S, read_chunk(tokens, block, t0, t1))
-            block.write(o, t0, t1, o_chunk.movedim(3, 1).flatten(2, 3))  # [n, BT, HV, V]
+        for span in spans(tokens, block):
+            out = block.read(o, span.start, span.stop)  # [n, C BT, HV, V]
+            in_place = block.adjacent and o.dtype == S.dtype
+            if not in_place:
+                out = torch.empty_like(out, dtype=S.dtype)
+            chunks = read_chunks(tokens, block, span)
+            forward_chunks(S, chunks, by_head(out, tokens.q.shape[2], span.BT))
+            if not in_place:
+                block.write(o, span.start, span.stop, out)
         return S.flatten(1, 2)
 
     return scan

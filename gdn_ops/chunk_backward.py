@@ -1,8 +1,8 @@
 """Gradient of the gated delta rule, in chunks, and how autograd reaches it.
 
 The states before each chunk are computed again from the inputs; then the chunks are walked
-backwards, each as the matrix products of ``_chunk_math.backward_chunk``. Memory is linear in ``T``:
-a state, its writes and an inverse per chunk, for one block of sequences at a time.
+backwards, as the matrix products of ``_chunk_math.backward_chunks``. Memory is linear in ``T``: a
+state, its writes and an inverse per chunk, for one block of sequences at a time.
 
 ``recurrent`` and ``chunk`` are the same function, so one gradient serves both, under an operator
 name for each.
@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from ._checks import Sizes, check_initial_state, check_qkv, check_shape
-from ._chunk_math import ChunkGradients, backward_chunk, read_chunk, replay_chunk, spans
+from ._chunk_math import (
+    ChunkGradients,
+    Span,
+    backward_chunks,
+    by_head,
+    read_chunks,
+    replay_chunks,
+    spans,
+)
 from ._l2norm import l2norm_backward
 from ._library import register_gradient, register_operator
 from ._recurrence import Tokens, initial_states, state_blocks
@@ -121,19 +129,26 @@ def _backward_block(
     """Write the gradients of the tokens of one block; returns the gradient of its first states."""
     H = tokens.q.shape[2]
     S = S.unflatten(1, (H, -1))
-    tape = [replay_chunk(S, read_chunk(tokens, block, *span)) for span in spans(tokens, block)]
+    segments = spans(tokens, block)
+    tape = [replay_chunks(S, read_chunks(tokens, block, span)) for span in segments]
     dS = dS.unflatten(1, (H, -1))
-    for t0, t1 in reversed(spans(tokens, block)):
-        do_chunk = block.read(do, t0, t1).to(S.dtype).unflatten(2, (H, -1)).movedim(1, 3)
-        step = backward_chunk(dS, do_chunk.contiguous(), tape.pop())
-        _write_gradients(step, tokens, block, t0, t1, grads)
+    for span in reversed(segments):
+        do_chunks = by_head(block.read(do, span.start, span.stop).to(S.dtype), H, span.BT)
+        step = backward_chunks(dS, do_chunks.contiguous(), tape.pop())
+        _write_gradients(step, tokens, block, span, grads)
     return dS.flatten(1, 2)
 
 
+def _by_token(x: Tensor) -> Tensor:
+    """``[C, n, H, R, BT, ...]`` as tokens ``[n, C BT, H R, ...]``."""
+    return x.movedim(4, 2).movedim(0, 1).flatten(3, 4).flatten(1, 2)
+
+
 def _write_gradients(
-    step: ChunkGradients, tokens: Tokens, block: Block, t0: int, t1: int, grads: Gradients
+    step: ChunkGradients, tokens: Tokens, block: Block, span: Span, grads: Gradients
 ) -> None:
-    dq, dk = (x.squeeze(2).movedim(2, 1) for x in (step.dq, step.dk))  # [n, BT, H, K]
+    t0, t1, _ = span
+    dq, dk = (_by_token(x) for x in (step.dq, step.dk))
     dq = dq * tokens.scale
     if tokens.use_qk_l2norm:
         dq = l2norm_backward(dq, block.read(tokens.q, t0, t1).to(dq.dtype))
@@ -142,7 +157,7 @@ def _write_gradients(
     block.write(grads[1], t0, t1, dk)
     for grad, value in zip(grads[2:5], (step.dv, step.dg, step.dbeta), strict=True):
         if grad.numel():
-            block.write(grad, t0, t1, value.movedim(3, 1).flatten(2, 3))  # [n, BT, HV, ...]
+            block.write(grad, t0, t1, _by_token(value))
 
 
 def _fake(op: str) -> Callable[..., Gradients]:
