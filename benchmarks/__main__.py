@@ -2,6 +2,8 @@
 
     python -m benchmarks [cpu] ...       the operators on a CPU, against transformers' functions
     python -m benchmarks gpu ...         every row on one GPU, side by side with its peers
+    python -m benchmarks pack DIR        the peers, to carry to a GPU machine without network
+    python -m benchmarks unpack ...      there: a folder for PYTHONPATH
     python -m benchmarks compiled-cpu    a compiled decode step on a CPU
     python -m benchmarks training-cpu    a training step on a CPU
     python -m benchmarks state-dtype     what states in fewer bits do to a model's text
@@ -15,6 +17,8 @@ import sys
 COMMANDS = {
     "cpu": "cpu",
     "gpu": "suite",
+    "pack": "pack",
+    "unpack": "unpack",
     "compiled-cpu": "compiled_cpu",
     "training-cpu": "training_cpu",
     "state-dtype": "state_dtype",

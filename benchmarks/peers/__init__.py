@@ -6,6 +6,8 @@ that it prefers, and computes gates and norms where ours does.
 """
 
 import importlib
+import sys
+from pathlib import Path
 from types import ModuleType
 
 PEERS = ("fla", "attention_gym", "flashinfer", "flash_qla", "vllm", "hugging_face")
@@ -14,3 +16,17 @@ PEERS = ("fla", "attention_gym", "flashinfer", "flash_qla", "vllm", "hugging_fac
 def find(name: str) -> ModuleType:
     """The module of a peer."""
     return importlib.import_module(f"benchmarks.peers.{name}")
+
+
+def add_packages_of_cute_dsl() -> None:
+    """The CuTe DSL lies in a folder that its wheel adds to the path by a ``.pth`` file.
+
+    Python reads those only where it is installed, not in folders of ``PYTHONPATH``.
+    """
+    for folder in list(sys.path):
+        inner = Path(folder) / "nvidia_cutlass_dsl" / "dsl_packages"
+        if inner.is_dir() and str(inner) not in sys.path:
+            sys.path.append(str(inner))
+
+
+add_packages_of_cute_dsl()

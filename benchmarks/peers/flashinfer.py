@@ -57,7 +57,7 @@ def step(row: Row, case: Case) -> Call:
     q, k, v = (x.contiguous() for x in case.raw)
     gates = {"A_log": case.A_log, "a": case.a, "dt_bias": case.dt_bias, "b": case.b}
     if row.name == "verify" and row.state != "fp32":
-        raise NotServed("its step that keeps the state after each token takes float32 states only")
+        raise NotServed("its step that scatters states into a pool takes float32 states only")
     if row.name == "decode" or row.state != "fp32":
         return lambda: gated_delta_rule_decode_pretranspose(
             q, k, v, None, **gates, initial_state=case.pool, initial_state_indices=case.slots

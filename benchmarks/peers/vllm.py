@@ -21,8 +21,8 @@ def make_call(row: Row, case: Case) -> Call:
 
 
 def prefill(row: Row, case: Case) -> Call:
-    from vllm.third_party.flash_linear_attention.ops import (
-        chunk_gated_delta_rule,
+    from vllm.third_party.flash_linear_attention.ops.chunk import chunk_gated_delta_rule
+    from vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv import (
         fused_post_conv_prep,
     )
 
@@ -48,8 +48,10 @@ def prefill(row: Row, case: Case) -> Call:
 
 
 def step(row: Row, case: Case) -> Call:
-    from vllm.third_party.flash_linear_attention.ops import (
+    from vllm.third_party.flash_linear_attention.ops.fused_recurrent import (
         fused_recurrent_gated_delta_rule_packed_decode,
+    )
+    from vllm.third_party.flash_linear_attention.ops.fused_sigmoid_gating import (
         fused_sigmoid_gating_delta_rule_update,
     )
 
