@@ -28,10 +28,10 @@ STALL_SECONDS = 150
 class Worker:
     """A process that measures, and its events with a time limit on their silence."""
 
-    def __init__(self, job: dict) -> None:
+    def __init__(self, job: dict, command: list[str]) -> None:
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- read when it ends
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -41,6 +41,17 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job))
         self.process.stdin.close()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process where the run was interrupted."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.log.close()
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Events until the process ends; one that is silent for too long is ended."""
@@ -77,7 +88,14 @@ class Worker:
 class Run:
     """The numbers so far; workers are started until every row has them."""
 
-    def __init__(self, rows: list[Row], peers: tuple[str, ...], deadline: float) -> None:
+    def __init__(
+        self,
+        rows: list[Row],
+        peers: tuple[str, ...],
+        deadline: float,
+        command: tuple[str, ...] = (sys.executable, "-m", "benchmarks.worker"),
+    ) -> None:
+        self.command = command
         self.rows = rows
         self.peers = peers
         self.deadline = deadline
@@ -108,28 +126,28 @@ class Run:
         """
         while len(self.finished) < len(self.rows):
             left = [str(row) for row in self.rows if str(row) not in self.finished]
-            worker = Worker(
-                {
-                    "rows": left,
-                    "peers": self.peers,
-                    "deadline": self.deadline,
-                    "done": {row: list(self.found[row]) for row in left},
-                    "first": not self.ceilings,
-                }
-            )
-            events = 0
-            for event in worker.events():
-                events += 1
-                finished = self.take(event)
-                if finished is not None:
-                    yield finished
-            if worker.process.returncode == 0:
-                return
+            job = {
+                "rows": left,
+                "peers": self.peers,
+                "deadline": self.deadline,
+                "done": {row: list(self.found[row]) for row in left},
+                "first": not self.ceilings,
+            }
+            with Worker(job, list(self.command)) as worker:
+                events = 0
+                for event in worker.events():
+                    events += 1
+                    finished = self.take(event)
+                    if finished is not None:
+                        yield finished
+                if worker.process.returncode == 0:
+                    return
+                last_words = worker.last_words()
             if not self.ceilings:
-                raise SystemExit(f"benchmarks gpu: {worker.last_words()}")
+                raise SystemExit(f"benchmarks gpu: {last_words}")
             if self.current is not None:
                 row, name = self.current
-                self.found[row][name] = {"reason": worker.last_words()}
+                self.found[row][name] = {"reason": last_words}
                 self.current = None
             elif not events:
                 # It ended without a word: the same row is not tried for ever.

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from importlib import metadata
 
 import torch
-import torch._dynamo
 
 import gdn_ops
 from benchmarks import ours
@@ -99,7 +98,9 @@ def main() -> None:
         sys.exit("needs a GPU, and torch finds none")
     # One function is compiled for all rows: for two operators, two dtypes of states, tables, and
     # sizes of one. The default limit is 8.
-    torch._dynamo.config.recompile_limit = 64
+    from torch import _dynamo
+
+    _dynamo.config.recompile_limit = 64
     job = json.load(sys.stdin)
     rows = [parse(text) for text in job["rows"]]
     if job["first"]:

@@ -1,0 +1,175 @@
+"""The benchmark suite measures what it says, and names what it does not measure."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import exact, operators, pack, report, suite, unpack
+from benchmarks.cases import make_case
+from benchmarks.entry import Entry, Wrong, measured, refuse
+from benchmarks.peers import PEERS
+from benchmarks.rows import HEADLINE, ROWS, Heads, Row, bytes_moved, chosen, parse
+
+HEADS = Heads(2, 4, 16, 8)
+
+
+def test_rows_are_unique_and_read_back():
+    assert len({str(row) for row in ROWS}) == len(ROWS)
+    assert [parse(str(row)) for row in ROWS] == list(ROWS)
+
+
+def test_every_target_and_headline_is_a_row():
+    targets = json.loads(suite.TARGETS.read_text())["rows"]
+    assert set(targets) <= {str(row) for row in ROWS}
+    assert set(HEADLINE) <= set(ROWS)
+    assert sorted(map(str, chosen(None))) == sorted(map(str, ROWS))
+
+
+def test_every_row_of_a_target_page_has_a_target():
+    targets = json.loads(suite.TARGETS.read_text())["rows"]
+    named = {"decode", "verify", "verify_once", "prefill", "train"}
+    assert {str(row) for row in ROWS if row.name in named} == set(targets)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # A token of 16 and 32 heads: q and k of 2048 numbers, v and o of 4096, two bytes each, and
+        # 32 gates and 32 betas of four: 24832 bytes. A float32 state: 32 * 128 * 128 * 4 = 2 MiB.
+        ("decode 1x1 fp32", 24832 + 2 * 2097152),
+        ("decode 1x64 bf16", 64 * (24832 + 2 * 1048576)),
+        ("verify 4x64 fp32", 64 * (4 * 24832 + 5 * 2097152)),
+        ("verify_once 4x64 fp32", 64 * (4 * 24832 + 2 * 2097152)),
+        ("prefill 8192x4 fp32", 4 * (8192 * 24832 + 2097152)),
+        ("prefill_serving 512x1 fp32", 512 * 24832 + 2 * 2097152),
+        ("train 8192x1 fp32", 3 * 8192 * 24832),
+    ],
+)
+def test_the_least_traffic_is_that_of_tokens_and_states(row, expected):
+    assert bytes_moved(parse(row)) == expected
+
+
+@pytest.mark.parametrize("name", ["gdn_ops", "hugging_face"])
+@pytest.mark.parametrize("row", [Row("prefill", 2, 70), Row("decode", 3, 1, "bf16")], ids=str)
+def test_contenders_agree_with_the_loop_over_tokens(name, row):
+    errors = operators.check(name, row, HEADS, "cpu")
+    assert set(errors) >= {"o"}
+
+
+@pytest.mark.parametrize(
+    "row", [Row("verify", 3, 4), Row("verify_once", 3, 4), Row("train", 2, 40)], ids=str
+)
+def test_our_steps_and_gradients_agree_with_the_loop_over_tokens(row):
+    operators.check("gdn_ops", row, HEADS, "cpu")
+
+
+@pytest.mark.parametrize("row", [Row("decode", 3, 1), Row("prefill_serving", 2, 70)], ids=str)
+def test_our_compiled_call_with_gates_agrees_with_the_loop_over_tokens(row):
+    name = operators.WITH_GATES if row.name == "decode" else "gdn_ops"
+    operators.check(name, row, HEADS, "cpu")
+
+
+def test_a_write_to_a_slot_of_no_sequence_is_wrong():
+    row = Row("decode", 2, 1)
+    case = make_case(row, HEADS, "cpu")
+    expected = exact.answer(row, case, gates=False)
+
+    def call():
+        o = operators.make_call("gdn_ops", row, case)()
+        case.pool[0] += 1
+        return o
+
+    errors = exact.errors(exact.results(row, case, call), expected)
+    with pytest.raises(Wrong, match="elsewhere is off by"):
+        refuse(errors, exact.bound)
+
+
+@pytest.mark.parametrize("error", [0.1, float("nan")])
+def test_a_wrong_result_is_not_timed(error):
+    def check():
+        refuse({"o": error}, exact.bound)
+        return {}
+
+    def calls():
+        raise AssertionError("timed")
+
+    result = measured(Entry("peer", check, calls))
+    assert result["reason"].startswith("wrong: o is off by")
+
+
+def test_an_absent_peer_is_named_with_its_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    row = Row("prefill", 1, 512)
+    entry = next(e for e in operators.entries(row, PEERS, HEADS, "cpu") if e.name == "FlashInfer")
+    found = {"gdn_ops": {"us": 1.0}, "FlashInfer": measured(entry)}
+    line = report.line(report.row_result(str(row), found, {"copy TB/s": 4.0}, {}))
+    assert "FlashInfer not installed: " in line
+
+
+# Stands for a worker: its first peer ends the process, its second never answers for the GPU.
+DYING = """
+import json, sys
+job = json.load(sys.stdin)
+say = lambda **event: print(json.dumps(event), flush=True)
+if job["first"]:
+    say(machine={"gpu": "none"}); say(ceilings={"copy TB/s": 4.0})
+for row in job["rows"]:
+    for name in ("gdn_ops", "peer"):
+        if name in job["done"].get(row, []):
+            continue
+        say(row=row, name=name, started=0)
+        if name == "peer":
+            sys.exit("an illegal memory access")
+        say(row=row, name=name, result={"us": 2.0})
+    say(finished=row)
+"""
+
+
+def test_a_peer_that_ends_the_process_is_named_and_the_run_goes_on():
+    rows = [Row("prefill", 1, 512), Row("prefill", 1, 2048)]
+    run = suite.Run(rows, (), time.time() + 60, (sys.executable, "-c", DYING))
+    assert list(run.measure()) == [str(row) for row in rows]
+    for result in run.results():
+        assert result["us"] == 2.0
+        assert result["peers"] == {"peer": {"reason": "an illegal memory access"}}
+
+
+def test_the_process_that_measures_says_that_there_is_no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="needs a GPU, and torch finds none"):
+        suite.main(["--rows", "decode"])
+
+
+def test_what_travels_is_pinned_and_each_package_travels_once():
+    packages = pack.plan(list(pack.PACKAGES))
+    assert len({package.requirement for package in packages}) == len(packages)
+    assert {"fla-core", "flashinfer-python", "attn-gym", "flash-qla", "vllm"} <= {
+        package.name for package in packages
+    }
+    with pytest.raises(ValueError, match="peers: torch must be one of fla, "):
+        pack.plan(["torch"])
+
+
+def test_only_kernels_of_vllm_travel():
+    (vllm,) = pack.plan(["vllm"])
+    assert pack.left_out(vllm, f"{pack.VLLM_OPS}chunk.py") is None
+    assert pack.left_out(vllm, "vllm/_C.abi3.so") == "not a file of its Triton kernels"
+
+
+def test_volumes_stay_below_the_limit():
+    sizes = [30, 25, 20, 60, 25]
+    numbers = pack.volumes(sizes, 50)
+    assert numbers == [1, 2, 1, 0, 2]
+
+
+def test_what_is_packed_is_what_is_unpacked(tmp_path):
+    files = [("peer/__init__.py", b"x = 1\n"), ("peer/lib.so", bytes(range(256)) * 999)]
+    (tmp_path / "1").mkdir()
+    pack.write_archive(tmp_path / "1" / "peer.tar.xz", files)
+    unpack.main([str(tmp_path / "1"), str(tmp_path / "target")])
+    for name, content in files:
+        assert (tmp_path / "target" / name).read_bytes() == content
