@@ -1,11 +1,15 @@
-"""``recurrent`` and ``recurrent_`` as one template, that of ``gdn_ops/kernels/recurrent.py``."""
+"""``recurrent`` and ``recurrent_`` as one template, that of ``gdn_ops/kernels/recurrent.py``.
+
+A few tokens with one write of the state are another, of ``gdn_ops/kernels/recurrent_verify.py``.
+"""
 
 from typing import Any
 
 import torch
 
 from gdn_ops.kernels import recurrent as kernels
-from gdn_ops.kernels.configs import next_power_of_2, recurrent_config
+from gdn_ops.kernels import recurrent_verify as verify
+from gdn_ops.kernels.configs import VerifyTiles, next_power_of_2, recurrent_config, verify_tiles
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
@@ -24,6 +28,14 @@ TEMPLATE = KernelTemplate(
     axes=kernels.AXES,
     sizes=kernels.SIZES,
     tile=("BV",),
+)
+VERIFY = KernelTemplate(
+    "gdn_recurrent_verify",
+    verify.recurrent_verify_kernel,
+    grid,
+    axes=verify.AXES,
+    sizes=verify.SIZES,
+    tile=("BV", "BR"),
 )
 
 
@@ -98,6 +110,61 @@ def _call(
     )
 
 
+def _verify_tiles(tensors: dict[str, IRNode | None]) -> VerifyTiles | None:
+    """The tiles of a call that is not exact; None where the other kernel is for it."""
+    q, g, state, table = (tensors[name] for name in ("q", "g", "state", "state_indices"))
+    assert q is not None
+    assert state is not None
+    ranks = [0 if x is None else len(x.get_size()) for x in (table, g)]
+    if ranks[0] == 2 or ranks[1] == 4:
+        return None
+    bounds = tensors["cu_seqlens"]
+    sizes = [q.get_size()[1], *(() if bounds is None else bounds.get_size())]
+    numbers = _inductor.hints(sizes)
+    if not all(_inductor.is_known(x == n) for x, n in zip(sizes, numbers, strict=True)):
+        return None  # one code for every length
+    rows = None if bounds is None else numbers[1] - 1
+    K = _inductor.static_int(q.get_size()[3])
+    return verify_tiles(K, numbers[0], rows, state.get_dtype(), q.get_dtype())
+
+
+def _call_verify(
+    tensors: dict[str, IRNode | None],
+    tiles: VerifyTiles,
+    scale: float | None,
+    use_qk_l2norm: bool,
+    null_index: int,
+) -> Any:
+    """Add the kernel for a few tokens to the graph; returns ``o``."""
+    q, v, bounds = tensors["q"], tensors["v"], tensors["cu_seqlens"]
+    assert q is not None
+    assert v is not None
+    B, T, H, K = q.get_size()
+    HV, V = v.get_size()[2:]
+    H, K, HV, V = (_inductor.static_int(size) for size in (H, K, HV, V))
+    constants = tiles._asdict()
+    num_warps = constants.pop("num_warps")
+    return VERIFY.call(
+        {name: tensors[name] for name in verify.AXES if name != "o"},
+        _inductor.contiguous_layout(v, [B, T, HV, V], v.get_dtype()),
+        [Config.of(num_warps, 1, **constants)],
+        mutated=["state"],
+        call_sizes=[B if bounds is None else bounds.get_size()[0], HV, V],
+        scale=K**-0.5 if scale is None else scale,
+        null_index=null_index,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        USE_QK_L2NORM=use_qk_l2norm,
+        HAS_G=tensors["g"] is not None,
+        HAS_BETA=tensors["beta"] is not None,
+        HAS_INDICES=tensors["state_indices"] is not None,
+        HAS_READ_INDICES=tensors["read_indices"] is not None,
+        IS_VARLEN=bounds is not None,
+    )
+
+
 def _generators(q: IRNode, table: IRNode | None) -> dict[str, Any]:
     """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
     zeros = _inductor.same_number(0)
@@ -163,4 +230,7 @@ def lower_(
     inputs["read_indices"] = read_indices
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
     tensors["state"] = _inductor.realize_in_place(state, "state")
+    tiles = None if exact else _verify_tiles(tensors)
+    if tiles is not None:
+        return _call_verify(tensors, tiles, scale, use_qk_l2norm, null_index)
     return _call(tensors, scale, use_qk_l2norm, null_index, exact, in_place=True)

@@ -54,3 +54,59 @@ def recurrent_config(K: int, V: int, state_bytes: int) -> tuple[int, int]:
     elements = 4096 // state_bytes if state_bytes < 8 else 512
     BV = max(1, elements // next_power_of_2(K))
     return min(BV, next_power_of_2(V)), 1
+
+
+class VerifyTiles(NamedTuple):
+    """Tiles, operands and warps of ``recurrent_verify_kernel``."""
+
+    BT: int  # tokens at a time
+    BR: int  # rows of keys and queries
+    BK: int
+    BS: int  # channels of a slice
+    KB: int  # channels of 64 bytes
+    BV: int
+    STATE_PARTS: int  # bfloat16 that a number of the state is the sum of
+    TOKEN_PARTS: int  # of a key or query
+    UPDATE_PARTS: int  # of a token's addition to the state
+    num_warps: int
+
+
+# From how many tokens of a row on it is faster than one token after the other, by bytes of a number
+# of the state.
+VERIFY_TOKENS = {2: 4, 4: 4}
+
+
+def verify_tiles(
+    K: int, tokens: int, rows: int | None, state: torch.dtype, token: torch.dtype
+) -> VerifyTiles | None:
+    """The tiles for a call of ``recurrent_`` with slots ``[N]``, not exact, one decay a head.
+
+    None where ``recurrent_kernel`` is faster.
+
+    Args:
+        K: Key size.
+        tokens: Tokens of a row, or of all that are packed.
+        rows: Packed rows; None: not packed.
+        state: Dtype of the states.
+        token: Dtype of keys and queries.
+    """
+    if rows is not None:
+        tokens = cdiv(tokens, max(rows, 1))
+    if not VERIFY_TOKENS[state.itemsize] <= tokens <= 16:
+        return None
+    parts = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+    BT = max(4, next_power_of_2(tokens))
+    BK = max(16, next_power_of_2(K))
+    return VerifyTiles(
+        BT=BT,
+        BR=max(16, 2 * BT),
+        BK=BK,
+        BS=min(BK, 32),
+        KB=min(BK, 64 // state.itemsize),
+        BV=16,
+        # Between two blocks of tokens the state is float32.
+        STATE_PARTS=parts[state] if rows is None else 3,
+        TOKEN_PARTS=parts[token],
+        UPDATE_PARTS=3 if state == torch.float32 else 2,
+        num_warps=1,
+    )

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv, next_power_of_2, recurrent_config
+from . import recurrent_verify
+from .configs import cdiv, next_power_of_2, recurrent_config, verify_tiles
 from .exact import exact_delta_step, exact_inverse_norm
 from .launch import launch, strides
 from .norm import inverse_norm
@@ -356,6 +357,27 @@ def recurrent_(
     exact: bool = False,
 ) -> Tensor:
     """``torch.ops.gdn.recurrent_`` of checked arguments."""
+    is_table = state_indices is not None and state_indices.dim() == 2
+    tiles = None
+    if not (exact or is_table or (g is not None and g.dim() == 4)):
+        rows = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        tiles = verify_tiles(q.shape[3], q.shape[1], rows, state.dtype, q.dtype)
+    if tiles is not None:
+        return recurrent_verify.recurrent_(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            state,
+            state_indices,
+            cu_seqlens,
+            read_indices,
+            tiles,
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+            null_index=null_index,
+        )
     return _launch(
         q,
         k,
