@@ -2,6 +2,7 @@
 
     python -m benchmarks [cpu] ...       the operators on a CPU, against transformers' functions
     python -m benchmarks gpu ...         every row on one GPU, side by side with its peers
+    python -m benchmarks table           the measured tables of README.md and benchmarks/README.md
     python -m benchmarks pack DIR        the peers, to carry to a GPU machine without network
     python -m benchmarks unpack ...      there: a folder for PYTHONPATH
     python -m benchmarks compiled-cpu    a compiled decode step on a CPU
@@ -17,6 +18,7 @@ import sys
 COMMANDS = {
     "cpu": "cpu",
     "gpu": "suite",
+    "table": "table",
     "pack": "pack",
     "unpack": "unpack",
     "compiled-cpu": "compiled_cpu",

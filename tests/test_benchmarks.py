@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import exact, operators, pack, report, suite, unpack
+from benchmarks import exact, operators, pack, report, suite, table, unpack
 from benchmarks.cases import make_case
 from benchmarks.entry import Entry, Wrong, measured, refuse
 from benchmarks.peers import PEERS
@@ -173,3 +173,17 @@ def test_what_is_packed_is_what_is_unpacked(tmp_path):
     unpack.main([str(tmp_path / "1"), str(tmp_path / "target")])
     for name, content in files:
         assert (tmp_path / "target" / name).read_bytes() == content
+
+
+def test_the_tables_of_the_pages_are_the_newest_numbers():
+    assert table.newest("gpu") is not None
+    assert table.stale() == []
+
+
+def test_a_page_with_another_number_is_out_of_date():
+    text = (table.ROOT / "README.md").read_text()
+    _, content = table.newest("gpu")
+    us = report.number(table.by_row(content)["decode 1x64 fp32"]["us"])
+    wrong = text.replace(f"| {us} |", "| 1.0 |")
+    assert wrong != text
+    assert table.rewritten(wrong) == text

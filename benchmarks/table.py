@@ -1,0 +1,175 @@
+"""``python -m benchmarks table``: the measured tables of the pages, from the newest numbers.
+
+A page has them between ``<!-- measured NAME -->`` and ``<!-- end of NAME -->``. ``--check`` fails
+where a page differs from what ``--write`` would make of it.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.report import number
+from benchmarks.rows import ONE_STEP, ROWS, parse
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+# Rows of the table in README.md, in words.
+HEADLINE = {
+    "decode 1x1 fp32": "decode in place, 1 sequence, float32 states",
+    "decode 1x64 fp32": "the same, 64 sequences",
+    "decode 1x1024 fp32": "the same, 1024 sequences",
+    "decode 1x64 bf16": "decode in place, 64 sequences, bfloat16 states",
+    "decode 1x1024 bf16": "the same, 1024 sequences",
+    "verify 4x64 fp32": "verify 4 tokens, 64 sequences, a float32 state after each",
+    "verify_once 4x64 fp32": "the same, one state at the end",
+    "prefill 512x1 fp32": "prefill 1 x 512",
+    "prefill 8192x1 fp32": "prefill 1 x 8192",
+    "prefill 2048x4 fp32": "prefill 4 x 2048",
+    "prefill 8192x4 fp32": "prefill 4 x 8192",
+    "prefill_serving 8192x1 fp32": "prefill 1 x 8192, raw gates, into a pool",
+    "train 8192x1 fp32": "forward and backward, 1 x 8192",
+    "train 8192x4 fp32": "forward and backward, 4 x 8192",
+}
+
+
+def newest(kind: str) -> tuple[Path, dict] | None:
+    """The newest numbers of a ``gpu``, as their own date says; of two, an H200's."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        if kind in content.get("machine", {}):
+            found.append((content["date"][:10], "H200" in str(content["machine"]), path, content))
+    return max(found, key=lambda item: item[:3])[2:] if found else None
+
+
+def by_row(content: dict) -> dict[str, dict]:
+    return {result["row"]: result for result in content["rows"]}
+
+
+def cell(entry: dict | None) -> str:
+    """Microseconds, or a dash where something stands in the way; the whole table has the reason."""
+    if entry is None:
+        return ""
+    return number(entry["us"]) if "us" in entry else "-"
+
+
+def about(path: Path, content: dict) -> str:
+    """One sentence on the machine and the run."""
+    machine, ceilings = content["machine"], content["ceilings"]
+    facts = [f"torch {machine['torch']}", f"Triton {machine['triton']}", content["date"][:10]]
+    if content.get("commit"):
+        facts.append(f"commit {content['commit']}")
+    return (
+        f"**On one {machine['gpu']}** ({', '.join(facts)}), 16 key heads, 32 value heads, `K = V ="
+        f" 128`, bfloat16 inputs, CUDA graphs, medians in microseconds. In the same run an "
+        f"elementwise copy moved {ceilings['copy TB/s']:.2f} TB/s and a bfloat16 8192^3 product ran"
+        f" at {ceilings['mm TFLOP/s']:.0f} TFLOP/s; the floor is the least traffic at that copy's"
+        f" bandwidth. Every number: [{path.name}]({path.relative_to(ROOT)})."
+    )
+
+
+def grid(headers: list[str], lines: list[list[str]]) -> str:
+    """A table of Markdown, without the columns in which nothing stands."""
+    used = [i for i in range(len(headers)) if i == 0 or any(line[i] for line in lines)]
+    rows = [headers, ["---"] * len(headers), *lines]
+    return "\n".join("| " + " | ".join(row[i] for i in used) + " |" for row in rows)
+
+
+def gpu_table(names: dict[str, str], content: dict) -> str:
+    """Rows with a number of ours: it, it with the gates, the floor, the target, and each peer."""
+    found = by_row(content)
+    results = {row: found[row] for row in names if "us" in found.get(row, {})}
+    peers = list(dict.fromkeys(name for r in results.values() for name in r.get("peers", {})))
+    headers = ["", "ours", "with gates", "floor", "target", *peers]
+    lines = [
+        [
+            names[row],
+            cell(result),
+            cell(result.get("with_gates")),
+            number(result.get("floor_us")),
+            number(result.get("target_us")),
+            *(cell(result.get("peers", {}).get(name)) for name in peers),
+        ]
+        for row, result in results.items()
+    ]
+    return grid(headers, lines)
+
+
+def gpu() -> str | None:
+    """The short table."""
+    found = newest("gpu")
+    return found and f"{about(*found)}\n\n{gpu_table(HEADLINE, found[1])}"
+
+
+def gpu_all() -> str | None:
+    """Every row that was measured, and why a peer has no number."""
+    found = newest("gpu")
+    if found is None:
+        return None
+    path, content = found
+    known = {str(row): str(row) for row in ROWS}
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row, result in by_row(content).items():
+        others = {"ours": result} | result.get("peers", {})
+        for name, entry in others.items():
+            if "reason" in entry:
+                reasons.setdefault((name, entry["reason"]), []).append(parse(row).name)
+    missing = [
+        f"- {name}, {', '.join(dict.fromkeys(rows))}: {reason}"
+        for (name, reason), rows in reasons.items()
+    ]
+    steps = ", ".join(f"`{name}`" for name in ONE_STEP)
+    notes = f"In {steps} the peers have the gates and the norm inside, as our second column has."
+    text = about(path, content).replace("](benchmarks/", "](")
+    parts = [text, gpu_table(known, content), notes]
+    if missing:
+        parts.append("Not measured:\n\n" + "\n".join(missing))
+    return "\n\n".join(parts)
+
+
+BLOCKS: dict[str, Callable[[], str | None]] = {"gpu": gpu, "gpu-all": gpu_all}
+PAGES = ("README.md", "benchmarks/README.md")
+
+
+def rewritten(text: str) -> str:
+    """A page with its blocks as the numbers say; a block without numbers stays as it is."""
+    for name, make in BLOCKS.items():
+        start, end = f"<!-- measured {name} -->", f"<!-- end of {name} -->"
+        content = make() if start in text else None
+        if content is not None:
+            pattern = re.escape(start) + ".*?" + re.escape(end)
+            block = f"{start}\n{content}\n{end}"
+            text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def stale() -> list[str]:
+    """Pages that differ from the numbers."""
+    texts = {page: (ROOT / page).read_text() for page in PAGES}
+    return [page for page, text in texts.items() if rewritten(text) != text]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks table", description=__doc__)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help="put the tables into the pages")
+    what.add_argument("--check", action="store_true", help="fail where a page is out of date")
+    args = parser.parse_args(argv)
+    if args.write:
+        for page in stale():
+            (ROOT / page).write_text(rewritten((ROOT / page).read_text()))
+            print(page)
+    elif args.check:
+        if stale():
+            raise SystemExit(
+                f"benchmarks table: {', '.join(stale())} must be as the numbers say; "
+                "python -m benchmarks table --write"
+            )
+    else:
+        print("\n\n".join(filter(None, (make() for make in BLOCKS.values()))))
+
+
+if __name__ == "__main__":
+    main()
