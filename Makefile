@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test matrix transformers-matrix lint bench train gpu-test gpu-bench clean
+.PHONY: demo test matrix transformers-matrix lint bench static train gpu-test gpu-bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/generate.py $(ARGS)
@@ -36,6 +36,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks cpu $(ARGS)
+
+# What can be read off compiled kernels: make static ARGS=--check, make static ARGS=--accept
+static: $(STAMP)
+	$(BIN)/python -m benchmarks.static $(ARGS)
 
 train: $(STAMP)
 	$(BIN)/python examples/train.py $(ARGS)
