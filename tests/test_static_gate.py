@@ -15,6 +15,7 @@ import triton  # noqa: TID253
 from kernels_to_compile import product, scale
 
 from benchmarks.rows import Row, bytes_moved
+from benchmarks.static import __main__ as command
 from benchmarks.static import accepted, model, traffic
 from benchmarks.static.calls import call_of_row, integers, new, states
 from benchmarks.static.collect import OPERATOR_ROWS, kernel_figures, kernels, traffic_of
@@ -117,6 +118,24 @@ def test_figures_come_back_from_their_file_as_they_were(tmp_path, monkeypatch, f
     other = accepted.save(ARCH, "0.0", figures)
     assert (path.name, other.name) == ("sm_90.json", "sm_90-triton-0.0.json")
     assert accepted.load(ARCH, "0.0") == figures
+
+
+def test_a_check_fails_for_the_worse_and_accepting_a_part_leaves_the_rest(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(accepted, "FOLDER", tmp_path)
+    command.accept({"kernels": _kernel() | {"scan": _kernel()["prepare"]}, "operators": {}}, "")
+    good, bad = ({"kernels": _kernel(registers=n), "operators": {}} for n in (100, 200))
+    assert command.check(good, "prep") == 0
+    assert "prepare: registers 168 -> 100: better\n" in capsys.readouterr().out
+    assert command.check(bad, "prep") == 1
+    output = capsys.readouterr().out
+    assert "prepare: registers 168 -> 200: worse\n" in output
+    assert "1 checked, 1 of 1 refused" in output
+    command.accept(bad, "prep")
+    assert command.check(bad, "prep") == 0
+    command.accept({"kernels": {}, "operators": {}}, "prep")
+    assert set(accepted.load(ARCH, triton.__version__)["kernels"]) == {"scan"}
 
 
 def test_every_accepted_figure_has_a_direction(figures):

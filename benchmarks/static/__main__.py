@@ -71,7 +71,9 @@ def accept(found: dict[str, Figures], only: str) -> None:
     """Write the figures; with ``only`` the others stay."""
     if only:
         accepted = load(ARCH, triton.__version__)
-        found = {section: accepted[section] | found[section] for section in SECTIONS}
+        for section in SECTIONS:
+            others = {name: x for name, x in accepted[section].items() if only not in name}
+            found[section] = others | found[section]
     print(f"accepted: {save(ARCH, triton.__version__, found)}")
 
 

@@ -10,7 +10,8 @@ from benchmarks.static.figures import figures
 from benchmarks.static.launches import Launch, record, record_all
 
 # Rows of operators alone; others have kernels of Inductor's before them.
-OPERATOR_ROWS = tuple(row for row in ROWS if not row.name.endswith("_serving"))
+OPERATORS = ("decode", "verify", "verify_once", "prefill", "train")
+OPERATOR_ROWS = tuple(row for row in ROWS if row.name in OPERATORS)
 
 
 def kernels(arch: str) -> dict[str, Launch]:
