@@ -5,15 +5,17 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import ours
-from benchmarks.rows import HEADS, ONE_STEP, OPERATORS, bytes_moved, parse
+from benchmarks.rows import HEADS, LAYOUTS, ONE_STEP, OPERATORS, bytes_moved, parse
 
 WITH_GATES = "gdn_ops with gates"
+# In the rows of layouts this stands where ours does, and the other one among the peers.
+V_MAJOR = "V-major"
 HEADERS = ("row", "ours", "with gates", "floor", "target", "best peer", "times as fast")
 
 
 def floor(row: str, ceilings: dict[str, float]) -> float | None:
     """Microseconds of the row's least traffic at the bandwidth of the run's copy."""
-    if parse(row).name not in OPERATORS or "copy TB/s" not in ceilings:
+    if parse(row).name not in (*OPERATORS, *LAYOUTS) or "copy TB/s" not in ceilings:
         return None
     return round(bytes_moved(parse(row), HEADS) / ceilings["copy TB/s"] / 1e6, 2)
 
@@ -22,14 +24,15 @@ def row_result(
     row: str, found: dict[str, dict], ceilings: dict[str, float], targets: dict[str, dict]
 ) -> dict:
     """A row of the JSON: our numbers or the reason, the floor and target, each peer's the same."""
-    result = {"row": row} | found.get(ours.NAME, {"reason": "not measured"})
+    first = V_MAJOR if parse(row).name in LAYOUTS else ours.NAME
+    result = {"row": row} | found.get(first, {"reason": "not measured"})
     least = floor(row, ceilings)
     if least is not None:
         result["floor_us"] = least
     result |= targets.get(row, {})
     if WITH_GATES in found:
         result["with_gates"] = found[WITH_GATES]
-    others = {k: v for k, v in found.items() if k not in (ours.NAME, WITH_GATES)}
+    others = {k: v for k, v in found.items() if k not in (first, WITH_GATES)}
     return result | {"peers": others}
 
 

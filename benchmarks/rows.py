@@ -22,6 +22,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ONE_STEP = ("decode", "verify", "verify_once")
 # Rows of one operator: what these say of bytes, inputs and peers holds for no other row.
 OPERATORS = (*ONE_STEP, "prefill", "prefill_serving", "train")
+# Rows of two kernels that differ in nothing but the layout of a state.
+LAYOUTS = ("layout", "layout_scan")
+# Tokens of a chunk where a row depends on it.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ ROWS = (
     *(Row("prefill", N, T) for N, T in PREFILLS),
     *(Row("prefill_serving", N, T) for N, T in PREFILLS),
     *(Row("train", N, T) for N, T in ((1, 8192), (1, 32768), (4, 8192))),
+    *(Row("layout", N, 1, state) for state in DTYPES for N in BATCHES),
+    *(Row("layout_scan", N, 4 * CHUNK) for N in BATCHES),
 )
 
 # Measured first, so that a run that is cut short has them.
@@ -98,10 +104,13 @@ def bytes_moved(row: Row, heads: Heads = HEADS) -> int:
     """The least traffic: tokens and outputs once, a state read once, written where it must be.
 
     A training step reads its tokens three times: forward, again for the backward, and gradients of
-    their size. Its states stay on the chip, as do those that a functional prefill starts from.
+    their size. Its states stay on the chip, as do those that a functional prefill starts from. Each
+    token of a scan comes with a row of a matrix instead of ``beta``.
     """
     H, HV, K, V = heads.H, heads.HV, heads.K, heads.V
     token = (2 * H * K + 2 * HV * V) * 2 + 2 * HV * 4
+    if row.name == "layout_scan":
+        token += HV * CHUNK * 2 - HV * 4
     states = {"prefill": 1, "train": 0}.get(row.name, 1 + row.writes)
     passes = 3 if row.name == "train" else 1
     return row.N * (row.T * token * passes + states * HV * V * K * row.state_dtype.itemsize)
