@@ -71,9 +71,11 @@ def accept(found: dict[str, Figures], only: str) -> None:
     """Write the figures; with ``only`` the others stay."""
     if only:
         accepted = load(ARCH, triton.__version__)
-        for section in SECTIONS:
-            others = {name: x for name, x in accepted[section].items() if only not in name}
-            found[section] = others | found[section]
+        found = {
+            section: {name: x for name, x in accepted[section].items() if only not in name}
+            | found[section]
+            for section in SECTIONS
+        }
     print(f"accepted: {save(ARCH, triton.__version__, found)}")
 
 
