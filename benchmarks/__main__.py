@@ -14,6 +14,7 @@ Each says more with --help; benchmarks/README.md says what is measured, and how.
 
 import importlib
 import sys
+from pathlib import Path
 
 COMMANDS = {
     "cpu": "cpu",
@@ -35,6 +36,8 @@ def main() -> None:
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "cpu"
     if command not in COMMANDS:
         raise SystemExit(f"benchmarks: command must be one of {', '.join(COMMANDS)}, got {command}")
+    # Files that run as scripts too import their neighbours as a script does.
+    sys.path.append(str(Path(__file__).parent))
     module = importlib.import_module(f"benchmarks.{COMMANDS[command]}")
     # Each file parses the arguments of its own command.
     sys.argv = [f"-m benchmarks {command}", *argv]
