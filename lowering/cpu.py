@@ -104,11 +104,12 @@ def _delta_step(
     scale: float | None,
     use_qk_l2norm: bool,
 ) -> tuple[IRNode, IRNode]:
-    """``o [B, 1, HV, V]`` and the states after it, ``[B, HV, V, K]`` in the arithmetic dtype.
+    """``o [B, 1, HV, V]`` and the states after it, ``[B, H, R, V, K]`` in the arithmetic dtype.
 
     Everything has the dimensions ``[B, H, R, V, K]``, of size 1 where a tensor does not have them.
-    The query reads the updated state as ``(S + u k^T) q = S q + u <k, q>``, as in
-    gdn_ops/recurrent.py: so a state is read once for both sums.
+    Both sums and the write then have the loops ``B H R V`` in common, which Inductor merges: a row
+    of a state is in the first cache when it is read again. ``S q + u <k, q>``, as in
+    gdn_ops/recurrent.py, would need a loop over rows of its own, and nothing would be merged.
     """
     B = q.get_size()[0]
     H, K, HV, V = (_inductor.static_int(x) for x in (*q.get_size()[2:], *v.get_size()[2:]))
@@ -126,10 +127,11 @@ def _delta_step(
         u = _sub(u, _sum(_mul(S, k)))
     if beta is not None:
         u = _mul(u, _cast(_view(beta, [B, H, R, 1, 1]), dtype))
-    o, written = _mul(u, _sum(_mul(k, q))), _mul(u, k)
+    written = _mul(u, k)
     if state is not None:
-        o, written = _add(o, _sum(_mul(S, q))), _add(written, S)
-    return _view(_once(_cast(o, v.get_dtype())), [B, 1, HV, V]), _view(written, [B, HV, V, K])
+        written = _add(written, S)
+    o = _sum(_mul(written, q))
+    return _view(_once(_cast(o, v.get_dtype())), [B, 1, HV, V]), written
 
 
 def lower_recurrent(
@@ -149,7 +151,8 @@ def lower_recurrent(
     _refuse_mixed(q, initial_state)
     o, written = _delta_step(q, k, v, g, beta, initial_state, scale, use_qk_l2norm)
     dtype = torch.float32 if initial_state is None else initial_state.get_dtype()
-    return o, _cast(written, dtype)
+    B, H, R, V, K = written.get_size()
+    return o, _view(_cast(written, dtype), [B, H * R, V, K])
 
 
 def lower_recurrent_(
@@ -179,7 +182,7 @@ def lower_recurrent_(
     rows = _narrow(state, 0, 0, q.get_size()[0])
     o, written = _delta_step(q, k, v, g, beta, rows, scale, use_qk_l2norm)
     # Last, since after it the call can no longer be left to the eager operator.
-    _write(rows, written)
+    _write(_view(rows, written.get_size()), written)
     return o
 
 

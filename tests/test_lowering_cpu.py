@@ -99,6 +99,16 @@ def test_a_state_is_rounded_once_when_it_is_stored(dtype, state):
     _assert_updates_like_oracle(tokens, make_state(SLOTS, HV, V, K, state))
 
 
+def test_a_row_of_a_state_is_written_before_the_next_is_read():
+    """Both sums and the write share their loops over rows: memory is read once and written once."""
+    tokens, pool = make_inputs(3, 1, H, HV, K, V), make_state(SLOTS, HV, V, K)
+    code = _assert_updates_like_oracle(tokens, pool, use_qk_l2norm=True)
+    nests = re.split(r"\n {4}\{\n", code)
+    over_states = [nest for nest in nests if "int64_t x3" in nest]  # [B H, R, V, K]
+    assert len(over_states) == 1
+    assert over_states[0].count("for(int64_t x2") == 1
+
+
 def test_a_pool_with_gaps_is_written_nowhere_else():
     pool, buffer = spread(make_state(SLOTS, HV, V, K), slot_gap=7, head_gap=3, offset=5)
     gaps = torch.full_like(buffer, True, dtype=torch.bool)
