@@ -1,10 +1,11 @@
-"""The operators against Hugging Face's PyTorch functions on a CPU, side by side.
+"""The operators against Hugging Face's PyTorch functions on a CPU, both eager and compiled.
 
     python benchmarks/cpu.py [--repeats N] [--threads N] [--only NAME] [--json PATH]
 
-Both sides of a row are called in turn, in one process, on the same inputs; each row has a process
-of its own, and so has each measurement of peak memory. Nothing is timed that a float64 loop over
-tokens does not confirm first. What is compared, and how, is in benchmarks/README.md.
+All sides of a row are called in turn, in one process, on the same inputs, and so is what the
+machine cannot do faster (``floor_cpu.py``); each row has a process of its own, and so has each
+measurement of peak memory. Nothing is timed that a float64 loop over tokens does not confirm first.
+What is compared, and how, is in benchmarks/README.md.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 
 import rich.box
 import torch
+from floor_cpu import FORMULA, SGEMM_FLOPS, move, multiply, work
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,7 +38,10 @@ import gdn_ops
 Tensors = tuple[torch.Tensor, ...]
 Call = Callable[[], Tensors]
 
-SIDES = ("ours", "theirs")
+EAGER = ("ours", "theirs")
+SIDES = ("ours", "ours_compiled", "theirs", "theirs_compiled")
+# At most so many times what the machine cannot do faster.
+FLOORS = 3
 SYMBOLS = ("B", "T", "H", "HV", "K", "V")
 # A sample calls often enough to last this long, so that the clock and one interrupt do not show.
 SAMPLE_SECONDS = 0.02
@@ -132,7 +137,9 @@ def their_call(row: Row, inputs: list[torch.Tensor]) -> Call:
 
 def make_call(row: Row, side: str, inputs: list[torch.Tensor]) -> Call:
     """A call of one side; it returns the outputs and, for training, the gradients."""
-    forward = {"ours": our_call, "theirs": their_call}[side](row, inputs)
+    forward = (our_call if side.startswith("ours") else their_call)(row, inputs)
+    if side.endswith("_compiled"):
+        forward = torch.compile(forward, fullgraph=True, dynamic=False)
 
     def inference() -> Tensors:
         with torch.no_grad():
@@ -171,46 +178,51 @@ def largest(x: torch.Tensor) -> float:
 
 
 def check(row: Row) -> None:
-    """Compare both sides with the exact answer, on two key heads and at most 100 tokens.
+    """Compare all sides with the exact answer, on two key heads and at most 100 tokens.
 
     Raises:
-        SystemExit: an error of ours is more than twice that of theirs, beyond the rounding of a sum
-            of ``K`` terms.
+        SystemExit: an error is more than twice that of theirs in eager mode, beyond the rounding of
+            a sum of ``K`` terms.
     """
+    torch._dynamo.reset()
     small = Row(row.name, 1, min(row.T, 100), 2, 2 * row.HV // row.H, row.K, row.V)
     errors = {}
     for side in SIDES:
         inputs = [x.requires_grad_(row.name == "train") for x in make_inputs(small)]
         exact = exact_answer(small, inputs)
         o, final_state, *gradients = make_call(small, side, inputs)()
-        answer = [o, final_state if side == "ours" else final_state.mT, *gradients]
+        answer = [o, final_state if side.startswith("ours") else final_state.mT, *gradients]
         errors[side] = [largest(x.double() - y) for x, y in zip(answer, exact, strict=True)]
     rounding = [row.K**0.5 * torch.finfo(torch.float32).eps * largest(x) for x in exact]
-    for ours, theirs, slack in zip(errors["ours"], errors["theirs"], rounding, strict=True):
-        if not ours <= 2 * theirs + slack:
-            raise SystemExit(f"{row.name} {row.shape}: off by {ours:.3g}, theirs by {theirs:.3g}")
+    for side in SIDES:
+        for error, theirs, slack in zip(errors[side], errors["theirs"], rounding, strict=True):
+            if not error <= 2 * theirs + slack:
+                name = f"{row.name} {row.shape}: {side}"
+                raise SystemExit(f"{name} is off by {error:.3g}, theirs by {theirs:.3g}")
 
 
 def timed(call: Callable[[], object], number: int) -> float:
-    start = time.perf_counter()
+    # The time of a single thread does not grow with what else runs on the machine.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     for _ in range(number):
         call()
-    return (time.perf_counter() - start) / number
+    return (clock() - start) / number
 
 
 def times_in_turn(row: Row, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repeat of each side; the sides take turns at going first."""
-    calls = {}
+    """Seconds of each repeat of each side and of the machine; they take turns at going first."""
+    calls: dict[str, Callable[[], object]] = {"move": move(row), "multiply": multiply()}
     for side in SIDES:
         inputs = [x.requires_grad_(row.name == "train") for x in make_inputs(row)]
         calls[side] = make_call(row, side, inputs)
     for call in calls.values():
         call()
     numbers = {s: math.ceil(SAMPLE_SECONDS / timed(call, 1)) for s, call in calls.items()}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     gc.disable()
     for repeat in range(repeats):
-        for side in SIDES if repeat % 2 else reversed(SIDES):
+        for side in list(calls) if repeat % 2 else reversed(calls):
             seconds[side].append(timed(calls[side], numbers[side]))
     gc.enable()
     return seconds
@@ -269,65 +281,82 @@ def processor() -> str:
 
 def summary(row: Row, seconds: dict[str, list[float]], peak: dict[str, int]) -> dict:
     """The numbers of a row, the ratios, and whether the targets are met."""
-    median = {side: statistics.median(values) for side, values in seconds.items()}
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    moved, flops = work(row)
+    rates = {"bytes_per_second": moved / median["move"]}
+    rates["flops_per_second"] = SGEMM_FLOPS / median["multiply"]
+    floor = max(median["move"], flops / rates["flops_per_second"])
     speed = median["theirs"] / median["ours"]
+    compiled = median["theirs_compiled"] / median["ours_compiled"]
     memory = peak["ours"] / peak["theirs"] if peak else None
     met = {}
     if row.speed is not None:
         met[f"at least {row.speed:g} times as fast"] = speed >= row.speed
     if row.memory is not None:
         met[f"at most {row.memory:g} of the peak memory"] = memory <= row.memory
+    met["compiled, faster than theirs compiled"] = compiled > 1
+    for side, how in (("ours", "eager"), ("ours_compiled", "compiled")):
+        met[f"{how}, at most {FLOORS} floors"] = median[side] <= FLOORS * floor
     return {
         "row": row.name,
         "shape": dict(zip(SYMBOLS, row.shape, strict=True)),
         "seconds": seconds,
         "median_seconds": median,
+        "bytes": moved,
+        "flops": flops,
+        "rates": rates,
+        "floor_seconds": floor,
+        "floors": {side: median[side] / floor for side in SIDES},
         "peak_bytes": peak,
         "speed": speed,
+        "speed_compiled": compiled,
         "memory": memory,
         "targets": met,
     }
 
 
 def show(console: Console, results: list[dict]) -> None:
-    title = "ours / theirs: medians, and peak memory of one call"
+    title = (
+        "medians in ms, in brackets as multiples of the floor; peak memory of one call, ours/theirs"
+    )
     table = Table(title=title, box=rich.box.SIMPLE, pad_edge=False)
     table.add_column("row")
-    for column in (" ".join(SYMBOLS), "ms", "speed", "MiB", "memory"):
+    for column in (" ".join(SYMBOLS), "floor", *(side.replace("_", "\n") for side in SIDES), "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     verdicts = []
     for result in results:
         name, shape = result["row"], " ".join(map(str, result["shape"].values()))
-        times = " / ".join(f"{1e3 * t:.2f}" for t in result["median_seconds"].values())
-        peaks = " / ".join(f"{p / 2**20:.0f}" for p in result["peak_bytes"].values())
-        memory = f"{result['memory']:.2f}" if peaks else ""
-        table.add_row(name, shape, times, f"{result['speed']:.2f}", peaks, memory)
+        median, floors = result["median_seconds"], result["floors"]
+        times = [f"{1e3 * median[side]:.2f} ({floors[side]:.1f})" for side in SIDES]
+        peaks = "/".join(f"{p / 2**20:.0f}" for p in result["peak_bytes"].values())
+        table.add_row(name, shape, f"{1e3 * result['floor_seconds']:.2f}", *times, peaks)
         for rule, met in result["targets"].items():
             verdicts.append(f"{'met   ' if met else 'MISSED'}  {name} {shape}: {rule}")
     console.print(table)
+    console.print(FORMULA + "\n")
     console.print("\n".join(verdicts), highlight=False)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="samples of each side of a row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", help="only the rows of this name")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
     rows = [row for row in ROWS if args.only in (None, row.name)]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     results = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring in turn", total=len(rows))
         for row in rows:
             check(row)
-            sides = SIDES if row.measures_memory else ()
+            sides = EAGER if row.measures_memory else ()
             peak = {side: in_a_process(row, args.threads, "peak", side) for side in sides}
             seconds = in_a_process(row, args.threads, "times", str(args.repeats))
             results.append(summary(row, seconds, peak))
@@ -348,7 +377,7 @@ def main() -> None:
     console.print(facts, highlight=False)
     if args.json:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        command = " ".join(["python", *sys.argv])
+        command = " ".join(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
         content = {"machine": machine, "date": date, "command": command, "rows": results}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
 
