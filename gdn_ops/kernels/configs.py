@@ -62,7 +62,6 @@ class VerifyTiles(NamedTuple):
     BT: int  # tokens at a time
     BR: int  # rows of keys and queries
     BK: int
-    BS: int  # channels of a slice
     KB: int  # channels of 64 bytes
     BV: int
     STATE_PARTS: int  # bfloat16 that a number of the state is the sum of
@@ -101,7 +100,6 @@ def verify_tiles(
         BT=BT,
         BR=max(16, 2 * BT),
         BK=BK,
-        BS=min(BK, 32),
         KB=min(BK, 64 // state.itemsize),
         BV=16,
         # Between two blocks of tokens the state is float32.

@@ -19,7 +19,8 @@ sum of three bfloat16, without a remainder. Packed rows of more than ``BT`` toke
 
 A program, one warp, has ``BV`` rows of the state of one sequence and value head. Of 64 bytes of a
 row a thread reads 16, and permuted channels make them what it must hold for a product. So the state
-never passes through shared memory. Slices of ``BS`` channels keep few operands alive.
+never passes through shared memory. It goes by slices of those ``KB`` channels, so that few
+operands are alive at a time.
 """
 
 import torch
@@ -82,21 +83,18 @@ def multiply_parts(x, y, b_xy):
 
 @triton.jit
 def spread_channels(b_x):
-    """``[4, n, BS // KB, KB // 4]`` as ``[n, BS]``: channels as an operand has them."""
-    n: tl.constexpr = b_x.shape[1]
-    BLOCKS: tl.constexpr = b_x.shape[2]
-    PAIRS: tl.constexpr = b_x.shape[3] // 2
-    b_x = tl.permute(tl.reshape(b_x, (4, n, BLOCKS, PAIRS, 2)), (1, 2, 3, 0, 4))
-    return tl.reshape(b_x, (n, BLOCKS * PAIRS * 8))
+    """``[n, KB]`` with the channels in the order in which an operand has them."""
+    n: tl.constexpr = b_x.shape[0]
+    KB: tl.constexpr = b_x.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(b_x, (n, 4, KB // 8, 2)), (0, 2, 1, 3)), (n, KB))
 
 
 @triton.jit
-def collect_channels(b_x, KB: tl.constexpr):
+def collect_channels(b_x):
     """The reverse of ``spread_channels``."""
     n: tl.constexpr = b_x.shape[0]
-    BLOCKS: tl.constexpr = b_x.shape[1] // KB
-    b_x = tl.permute(tl.reshape(b_x, (n, BLOCKS, KB // 8, 4, 2)), (3, 0, 1, 2, 4))
-    return tl.reshape(b_x, (4, n, BLOCKS, KB // 4))
+    KB: tl.constexpr = b_x.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(b_x, (n, KB // 8, 4, 2)), (0, 2, 1, 3)), (n, KB))
 
 
 @triton.jit
@@ -189,11 +187,10 @@ def recurrent_verify_kernel(
     BT: tl.constexpr,
     BR: tl.constexpr,  # rows of the operand of keys and queries
     BK: tl.constexpr,
-    BS: tl.constexpr,
     KB: tl.constexpr,
     BV: tl.constexpr,
 ):
-    tl.static_assert(BK >= K and BK % BS == 0 and BS % KB == 0 and BR >= 2 * BT)
+    tl.static_assert(BK >= K and BK % KB == 0 and BR >= 2 * BT)
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_hv = tl.program_id(0) // NV % HV
@@ -224,25 +221,24 @@ def recurrent_verify_kernel(
     i_read = tl.where(is_live, i_read, 0)
     i_write = tl.where(is_live, i_write, 0)
 
-    # The tile of the state as it is loaded, [4, BV, BS // KB, KB // 4].
-    o_c = tl.arange(0, 4)[:, None, None] * (KB // 4) + tl.arange(0, KB // 4)[None, None, :]
-    o_c = (o_c + tl.arange(0, BS // KB)[None, :, None] * KB)[:, None, :, :]
+    # The tile of the state, in slices of KB channels.
+    o_k = tl.arange(0, KB)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < V
-    m_s = m_v[None, :, None, None] & is_live
-    o_s = i_hv * stride_state_h + o_v[None, :, None, None] * K + o_c
+    m_s = m_v[:, None] & is_live
+    o_s = i_hv * stride_state_h + o_v[:, None] * K + o_k[None, :]
     p_s = state + i_read * stride_state_n + o_s
     s = ()
-    for i in tl.static_range(BK // BS):
-        b_s = tl.load(p_s + i * BS, m_s & (o_c + i * BS < K), 0.0)
+    for i in tl.static_range(BK // KB):
+        b_s = tl.load(p_s + i * KB, m_s & (i * KB + o_k < K)[None, :], 0.0)
         s = append(s, spread_channels(b_s).to(tl.float32))
 
     # Rows of keys, then of queries, then of nothing.
     o_r = tl.arange(0, BR)
     is_key = o_r < BT
     is_query = (o_r >= BT) & (o_r < 2 * BT)
-    p_k = k + i_b * stride_k_b + i_h * stride_k_h + o_c * stride_k_k
-    p_q = q + i_b * stride_q_b + i_h * stride_q_h + o_c * stride_q_k
+    p_k = k + i_b * stride_k_b + i_h * stride_k_h + o_k[None, :] * stride_k_k
+    p_q = q + i_b * stride_q_b + i_h * stride_q_h + o_k[None, :] * stride_q_k
     p_v = v + i_b * stride_v_b + i_hv * stride_v_h + o_v * stride_v_v
     p_g = g + i_b * stride_g_b + i_hv * stride_g_h if HAS_G else None
     p_beta = beta + i_b * stride_beta_b + i_hv * stride_beta_h if HAS_BETA else None
@@ -250,18 +246,20 @@ def recurrent_verify_kernel(
         o_first = i_b * 0 + i_start + i_first  # int64
         m_t = i_first + o_r % BT < L
         o_t = o_first + o_r % BT
-        o_4 = o_t[None, :, None, None]
-        m_key = (m_t & is_key)[None, :, None, None]
-        m_query = (m_t & is_query)[None, :, None, None]
         b_G = tl.zeros((BR, BR), tl.float32)
         b_x = tl.zeros((BV, BR), tl.float32)
         kqs = ()
-        for i in tl.static_range(BK // BS):
-            m_k = o_c + i * BS < K
-            b_k = tl.load(p_k + o_4 * stride_k_t + i * BS * stride_k_k, m_key & m_k, 0.0)
-            b_kq = tl.load(p_q + o_4 * stride_q_t + i * BS * stride_q_k, m_query & m_k, b_k)
+        for i in tl.static_range(BK // KB):
+            m_k = (i * KB + o_k < K)[None, :]
+            # A thread loads the channels that it has of the state, and no more.
+            p_x = p_k + i * KB * stride_k_k + o_t[:, None] * stride_k_t
+            p_x = tl.max_contiguous(p_x, [1, KB // 4])
+            b_kq = tl.load(p_x, (m_t & is_key)[:, None] & m_k, 0.0)
+            p_x = p_q + i * KB * stride_q_k + o_t[:, None] * stride_q_t
+            p_x = tl.max_contiguous(p_x, [1, KB // 4])
+            b_kq = tl.load(p_x, (m_t & is_query)[:, None] & m_k, b_kq)
             kqs = append(kqs, b_kq)
-        for i in tl.static_range(BK // BS):
+        for i in tl.static_range(BK // KB):
             b_kq = spread_channels(kqs[i])
             kq = split_exactly(b_kq, TOKEN_PARTS)
             kq_t = split_exactly(tl.trans(b_kq), TOKEN_PARTS)
@@ -301,15 +299,15 @@ def recurrent_verify_kernel(
             b_x *= b_norm[None, :]
         u = split_exactly(tl.where(is_key[None, :], b_x, 0.0), UPDATE_PARTS)
         s_new = ()
-        for i in tl.static_range(BK // BS):
-            b_k = spread_channels(tl.where(is_key[None, :, None, None], kqs[i], 0.0))
+        for i in tl.static_range(BK // KB):
+            b_k = spread_channels(tl.where(is_key[:, None], kqs[i], 0.0))
             keys = split_exactly(b_k, TOKEN_PARTS)
             s_new = append(s_new, multiply_parts(u, keys, s[i] * b_total))
         s = s_new
     p_s = state + i_write * stride_state_n + o_s
-    for i in tl.static_range(BK // BS):
-        b_s = collect_channels(s[i], KB).to(state.dtype.element_ty)
-        tl.store(p_s + i * BS, b_s, m_s & (o_c + i * BS < K))
+    for i in tl.static_range(BK // KB):
+        b_s = collect_channels(s[i]).to(state.dtype.element_ty)
+        tl.store(p_s + i * KB, b_s, m_s & (i * KB + o_k < K)[None, :])
 
 
 def recurrent_(
@@ -372,7 +370,6 @@ def recurrent_(
         BT=tiles.BT,
         BR=tiles.BR,
         BK=tiles.BK,
-        BS=tiles.BS,
         KB=tiles.KB,
         BV=tiles.BV,
     )
