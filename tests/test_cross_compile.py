@@ -57,13 +57,20 @@ def verify(dtype):
     recurrent.recurrent_(*inputs, states(65, dtype), table, integers(16), use_qk_l2norm=True)
 
 
+def verify_once(dtype, T, is_packed=False):
+    """One write of the state: a table would ask for one after each token."""
+    inputs, bounds = (tokens(1, 16 * T), integers(17)) if is_packed else (tokens(16, T), None)
+    slots = (integers(16), None, bounds)
+    recurrent.recurrent_(*inputs, states(33, dtype), *slots, use_qk_l2norm=True)
+
+
 def packed(dtype):
     recurrent.recurrent(*tokens(1, 100), states(7, dtype), integers(8))
 
 
 def packed_pool(dtype):
     recurrent.recurrent_(
-        *tokens(1, 100), states(33, dtype), integers(7), None, integers(8), integers(7)
+        *tokens(1, 700), states(33, dtype), integers(7), None, integers(8), integers(7)
     )
 
 
@@ -125,6 +132,9 @@ CALLS = {
     "decode KDA": lambda: decode(FP32, is_kda=True),
     "decode K=256": lambda: decode(BF16, 256),
     "verify": lambda: verify(BF16),
+    "verify once fp32": lambda: verify_once(FP32, 4),
+    "verify once bf16": lambda: verify_once(BF16, 8),
+    "verify once packed": lambda: verify_once(BF16, 4, is_packed=True),
     "packed": lambda: packed(FP32),
     "packed pool": lambda: packed_pool(BF16),
     "prefill": lambda: prefill(16),
@@ -277,13 +287,27 @@ def test_a_program_fits_its_gpu(facts, case):
 def test_a_state_is_read_and_written_16_bytes_at_a_time(facts, case):
     """Also behind the masks of dead slots: the accesses are as many as the tile needs."""
     arch, args = find_arch(case.arch), case.launch.args
-    size = args["BV"] * args["BK"] * args["final_state"].itemsize
+    written = args.get("final_state", args["state"])
+    size = args["BV"] * args["BK"] * written.itemsize
     least = size // (16 * arch.warp * facts.num_warps)
+    # Outputs of several tokens at once are as wide.
+    outputs = args["BV"] * args["BR"] * args["o"].itemsize if "BR" in args else 0
     load, store = (
         ("global_load_dwordx4", "global_store_dwordx4") if arch.is_amd else ("LDG.128", "STG.128")
     )
     assert facts.opcodes[load] >= least
-    assert facts.opcodes[store] == least
+    assert facts.opcodes[store] == least + outputs // (16 * arch.warp)
+
+
+@pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel == "recurrent_verify"]))
+def test_a_state_is_multiplied_in_the_registers_that_loaded_it(facts, case):
+    """On tensor cores, by products of one warp; shared memory has the outputs and no state."""
+    size = case.launch.args["BV"] * case.launch.args["BK"] * 4
+    assert facts.opcodes["HMMA"] >= 64
+    assert facts.opcodes["HGMMA"] == 0
+    assert facts.opcodes["LDS"] + facts.opcodes["STS"] + facts.opcodes["LDSM"] < 4
+    assert facts.shared < size
+    assert facts.occupancy >= 8
 
 
 @pytest.mark.parametrize("case", _params(PRODUCTS))

@@ -144,6 +144,33 @@ def test_cuda_graphs_have_no_reason_to_skip_a_verify_step():
     assert module.cudagraph_skips == []
 
 
+def verify(q, k, v, g, beta, pool, slots, z):
+    return gdn_ops.recurrent_(q, k, v, g, beta, pool, slots, use_qk_l2norm=True) * silu(z)
+
+
+def _verify_inputs(T):
+    tokens = _tokens(3, T)
+    return (*tokens, make_state(9, HV, V, K), indices([3, 1, -1]), torch.ones_like(tokens.v))
+
+
+def test_a_few_tokens_with_one_write_are_a_template_of_their_own_with_its_epilogue():
+    (module,) = generate(verify, _verify_inputs(4))
+    (kernel,) = _templates(module)
+    assert [launch.kernel.kind for launch in module.launches] == ["template"]
+    assert "# gdn_recurrent_verify:" in module.code
+    assert "silu" in kernel.name
+    assert "def walk_tokens(" in module.code
+    assert all(size < 9 * HV * V * K for size in _allocated(module.code))
+
+
+def test_a_number_of_tokens_that_is_not_known_goes_token_by_token():
+    inputs = _verify_inputs(4)
+    for x in (*inputs[:5], inputs[-1]):
+        torch._dynamo.mark_dynamic(x, 1)
+    (module,) = generate(verify, inputs)
+    assert "# gdn_recurrent:" in module.code
+
+
 def test_packed_rows_do_not_synchronise():
     def packed(q, k, v, g, beta, bounds):
         return gdn_ops.recurrent(q, k, v, g, beta, None, bounds)

@@ -72,6 +72,21 @@ def test_a_lowered_step_updates_the_pool_as_the_plain_loop_does(state_dtype, dty
     assert_as_accurate_as_plain(changed[5], exact[1], plain[1], terms=K, name="pool")
 
 
+@pytest.mark.parametrize("lengths", [None, (4, 0, 6)], ids=["batch", "packed"])
+def test_a_few_lowered_tokens_update_the_pool_as_the_plain_loop_does(lengths):
+    tokens = _tokens(3, 4, torch.bfloat16) if lengths is None else _tokens(1, 12, torch.bfloat16)
+    bounds = None if lengths is None else cu_seqlens(lengths)
+    args = (*tokens, make_state(4, HV, V, K), indices([3, -1, 0]), None, bounds)
+
+    def layer(*args):
+        return gdn_ops.recurrent_(*args) * 2
+
+    (o,), changed = _results(layer, *args)
+    exact, plain = witnesses(oracle.delta_rule_into_pool, *args)
+    assert_as_accurate_as_plain(o / 2, exact[0], plain[0], terms=K, name="o")
+    assert_as_accurate_as_plain(changed[5], exact[1], plain[1], terms=K, name="pool")
+
+
 def test_a_lowered_prefill_updates_the_pool_as_the_plain_loop_does():
     tokens, pool = _tokens(1, 80), make_state(7, HV, V, K)
     slots, bounds = indices([6, 1, -1, 2]), cu_seqlens([3, 0, 5, 70])
