@@ -51,6 +51,47 @@ def test_a_compiled_step_leaves_the_same_state_as_an_eager_one(state_dtype, T):
     torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
 
 
+@pytest.mark.parametrize("T", [2, 4, 8, 16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_both_kernels_of_verify_are_as_accurate_as_the_plain_loop(
+    dtype, state_dtype, T, monkeypatch
+):
+    """A batch and packed rows with one write of the state; the last row is padding."""
+    from gdn_ops.kernels import configs, recurrent
+
+    tokens = make_inputs(3, T, 1, 2, 128, 128, dtype, device="cuda", unit_keys=False)
+    start = make_state(5, 2, 128, 128, state_dtype, device="cuda")
+    slots = indices([4, 1, -1], device="cuda")
+    options = {"use_qk_l2norm": True}
+    exact, plain = witnesses(oracle.delta_rule_into_pool, *tokens, start, slots, **options)
+    bounds = cu_seqlens([T] * 3, device="cuda")
+    packed = [x.reshape(1, 3 * T, *x.shape[2:]) for x in tokens]
+    for tokens_from in (1, 99):
+        for size in (2, 4):
+            monkeypatch.setitem(configs.VERIFY_TOKENS, size, tokens_from)
+        for args, more in ((tokens, ()), (packed, (None, bounds))):
+            pool = start.clone()
+            # The launching function: a plan of an earlier call would repeat its choice.
+            o = recurrent.recurrent_(*args, pool, slots, *more, **options).view(exact[0].shape)
+            assert_as_accurate_as_plain(o, exact[0], plain[0], terms=128, name="o")
+            assert_as_accurate_as_plain(pool, exact[1], plain[1], terms=128, name="pool")
+            assert_bitwise_equal(pool[[0, 2, 3]], start[[0, 2, 3]], "untouched slots")
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_verify_with_one_write_leaves_the_same_state_as_an_eager_one(state_dtype):
+    tokens = make_inputs(5, 8, *SIZES, torch.bfloat16, device="cuda")
+    pools = [make_state(7, HV, V, K, state_dtype, device="cuda") for _ in range(2)]
+    slots = indices([6, 0, -1, 2, 3], device="cuda")
+    layer = _gated(gdn_ops.recurrent_, torch.randn_like(tokens.v))
+    expected = layer(*tokens, pools[0], slots)
+    actual = torch.compile(layer, fullgraph=True)(*tokens, pools[1], slots)
+    assert_bitwise_equal(pools[1], pools[0], "pool")
+    # Half a unit each: eager rounds silu(z), o and their product, a fused epilogue only the last.
+    torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_compiled_prefill_and_its_gradients_equal_eager_ones(packed):
     tokens = make_inputs(1 if packed else 3, 300, *SIZES, torch.bfloat16, device="cuda")
