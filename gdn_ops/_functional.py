@@ -9,7 +9,7 @@ from torch import Tensor
 from ._checks import Sizes, arithmetic_dtype, check_initial_state, check_qkv
 from ._library import register_operator
 from ._recurrence import StartScan, Tokens, initial_states, state_blocks
-from ._sequences import Bounds, as_index, new_output
+from ._sequences import Block, Bounds, as_index, new_output, store_states
 from ._slots import check_bounds
 
 _SCHEMA = (
@@ -38,6 +38,17 @@ def _new_final_state(initial_state: Tensor | None, q: Tensor, sizes: Sizes) -> T
     return q.new_empty((sizes.N, sizes.HV, sizes.V, sizes.K), dtype=dtype)
 
 
+def _first_states(
+    initial_state: Tensor | None, final: Tensor, block: Block, tokens: Tokens, sizes: Sizes
+) -> Tensor:
+    """The states that a block starts from, in the memory of its final states where these serve."""
+    index = as_index(block.ids, final.device)
+    if final.dtype != tokens.dtype or not isinstance(index, slice):
+        return initial_states(initial_state, block, tokens, sizes)
+    S = final[index]
+    return S.zero_() if initial_state is None else S.copy_(initial_state[index])
+
+
 def _reference(name: str, start: StartScan) -> Callable[..., tuple[Tensor, Tensor]]:
     def reference(
         q: Tensor,
@@ -62,8 +73,8 @@ def _reference(name: str, start: StartScan) -> Callable[..., tuple[Tensor, Tenso
             final[n] = 0 if initial_state is None else initial_state[n]
         scan = start(tokens, o)
         for block in state_blocks(tokens, bounds):
-            S = scan(block, initial_states(initial_state, block, tokens, sizes), None)
-            final[as_index(block.ids, final.device)] = S.to(final.dtype)
+            S = _first_states(initial_state, final, block, tokens, sizes)
+            store_states(final, block.ids, scan(block, S, None))
         return o, final
 
     return reference
