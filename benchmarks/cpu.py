@@ -377,7 +377,10 @@ def main(argv: list[str] | None = None) -> None:
     console.print(facts, highlight=False)
     if args.json:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        command = " ".join(["python", *(sys.argv if argv is None else [sys.argv[0], *argv])])
+        only = f" --only {args.only}" if args.only else ""
+        command = (
+            f"python -m benchmarks cpu --threads {args.threads} --repeats {args.repeats}{only}"
+        )
         content = {"machine": machine, "date": date, "command": command, "rows": results}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
 
