@@ -90,83 +90,12 @@ def decay_between(b_G_to, b_G_from, m_valid):
 
 
 @triton.jit
-def split_operand(b_x, DOT: tl.constexpr):
-    """A float32 operand as a sum of two, which tensor cores multiply; float32 stays whole."""
-    b_high = b_x
-    b_low = b_x
-    if not DOT.is_fp32():
-        # bfloat16 has the range of float32, and two of them have 16 of its 24 digits. Rounded as an
-        # integer: the conversion and its reverse take a slow unit, one number at a time.
-        b_rounded = (b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
-        b_rounded = b_rounded.to(tl.float32, bitcast=True)
-        b_high = b_rounded.to(tl.bfloat16)
-        b_low = (b_x - b_rounded).to(tl.bfloat16)
-    return b_high, b_low
-
-
-@triton.jit
-def multiply_split(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """The product of two split operands, but for the product of their low parts."""
-    if DOT.is_fp32():
-        b_xy = tl.dot(x[0], y[0], input_precision=PRECISION)
-    else:
-        b_xy = tl.dot(x[1], y[0])
-        b_xy = tl.dot(x[0], y[1], b_xy)
-        b_xy = tl.dot(x[0], y[0], b_xy)
-    return b_xy
-
-
-@triton.jit
-def spread_rows(x):
-    """Both parts of a split ``[BT, k]``, as a batch of 16 rows each."""
-    BT: tl.constexpr = x[0].shape[0]
-    size: tl.constexpr = (BT // 16, 16, x[0].shape[1])
-    return tl.reshape(x[0], size), tl.reshape(x[1], size)
-
-
-@triton.jit
-def repeat_blocks(y, COUNT: tl.constexpr):
-    """Both parts of a split ``[k, n]``, the same for each of a batch."""
-    size: tl.constexpr = (COUNT, y[0].shape[0], y[0].shape[1])
-    return tl.broadcast_to(y[0][None, :, :], size), tl.broadcast_to(y[1][None, :, :], size)
-
-
-@triton.jit
-def multiply_rows(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """The product of a split ``[BT, k]`` and ``[k, n]``, 16 rows at a time.
-
-    In one piece it would be a product of a warp group, which reads a narrow ``[k, n]`` at wrong
-    places (Triton 3.6.0 and 3.7.1, https://github.com/triton-lang/triton/issues/11366).
-    """
-    if DOT.is_fp32():
-        b_xy = multiply_split(x, y, DOT, PRECISION)
-    else:
-        BT: tl.constexpr = x[0].shape[0]
-        b_xy = multiply_split(spread_rows(x), repeat_blocks(y, BT // 16), DOT, PRECISION)
-        b_xy = tl.reshape(b_xy, (BT, y[0].shape[1]))
-    return b_xy
-
-
-@triton.jit
-def join_columns(b_x, b_y):
-    """``[b_x, b_y]`` of two ``[BT, n]``."""
-    b_xy = tl.permute(tl.join(b_x, b_y), (0, 2, 1))
-    return tl.reshape(b_xy, (b_x.shape[0], 2 * b_x.shape[1]))
-
-
-@triton.jit
-def spread_pairs(b_x):
-    """Of blocks ``[n, n]``, stacked ``[BT, n]``, block diagonals of two, stacked ``[BT, 2 n]``."""
-    m_odd = (tl.arange(0, b_x.shape[0]) // b_x.shape[1] % 2 == 1)[:, None]
-    b_0 = tl.zeros_like(b_x)
-    return join_columns(tl.where(m_odd, b_0, b_x), tl.where(m_odd, b_x, b_0))
-
-
-@triton.jit
-def batch_blocks(b_x):
-    """Stacked blocks ``[BT, n]`` as ``[BT // n, n, n]``."""
-    n: tl.constexpr = b_x.shape[1]
-    return tl.reshape(b_x, (b_x.shape[0] // n, n, n))
+def split_operand(b_x):
+    """A float32 operand as a sum of two of bfloat16, which have 16 of its 24 digits."""
+    # Rounded as an integer: the conversion and its reverse take a slow unit, one number at a time.
+    b_rounded = (b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+    b_rounded = b_rounded.to(tl.float32, bitcast=True)
+    return b_rounded.to(tl.bfloat16), (b_x - b_rounded).to(tl.bfloat16)
 
 
 @triton.jit
@@ -176,27 +105,35 @@ def is_lower_block(o_i, o_j, n: tl.constexpr):
 
 
 @triton.jit
-def merge_blocks(b_X, b_A, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """From inverses of diagonal blocks, stacked ``[BT, n]``, those of blocks of twice the size.
+def merge_blocks(b_X, b_L, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """From inverses of diagonal blocks those of blocks of twice the size, ``X + X L X``.
 
-    The inverse of ``[[a, 0], [b, c]]`` has ``- c^-1 b a^-1`` below its diagonal.
+    ``b_L`` is minus what is below the diagonal blocks in the larger ones. The inverse of
+    ``[[a, 0], [b, c]]`` has ``- c^-1 b a^-1`` below its diagonal.
     """
-    BT: tl.constexpr = b_X.shape[0]
-    n: tl.constexpr = b_X.shape[1]
+    x = b_X.to(OPERAND)
+    b_Y = tl.dot(b_L.to(OPERAND), x, input_precision=PRECISION)
+    return tl.dot(x, b_Y.to(OPERAND), b_X, input_precision=PRECISION)
+
+
+@triton.jit
+def invert_diagonal(b_N, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverses of the diagonal blocks of 16 of ``I - N``, stacked ``[BT, 16]``.
+
+    With four warps each has its block, and no other needs to wait.
+    """
+    BT: tl.constexpr = b_N.shape[0]
     o_i = tl.arange(0, BT)
-    b_L = tl.where(is_lower_block(o_i[:, None], o_i[None, :], n), b_A, 0.0)
-    x, dx = split_operand(b_X, DOT)
-    b_Y = multiply_rows(split_operand(b_L, DOT), (x, dx), DOT, PRECISION)
-    y, dy = split_operand(b_Y, DOT)
-    if n == 16:
-        # Each warp has its block: no other needs to wait.
-        x, dx, y, dy = batch_blocks(x), batch_blocks(dx), batch_blocks(y), batch_blocks(dy)
-        b_Y = tl.reshape(multiply_split((x, dx), (y, dy), DOT, PRECISION), (BT, n))
-    else:
-        x, dx = spread_pairs(x), spread_pairs(dx)
-        b_Y = multiply_rows((x, dx), (y, dy), DOT, PRECISION)
-    m_odd = (o_i // n % 2 == 1)[:, None]
-    return join_columns(tl.where(m_odd, -b_Y, b_X), tl.where(m_odd, b_X, 0.0))
+    b_D = tl.where(o_i[:, None] // 16 == o_i[None, :] // 16, b_N, 0.0)
+    b_D = tl.sum(tl.reshape(b_D, (BT, BT // 16, 16)), 1)
+    b_D = tl.reshape(b_D, (BT // 16, 16, 16))
+    o_r = tl.arange(0, 16)[None, :, None]
+    o_c = tl.arange(0, 16)[None, None, :]
+    b_X = tl.where(o_r == o_c, 1.0, tl.where(o_r // 2 == o_c // 2, b_D, 0.0))
+    for i in tl.static_range(1, 4):
+        b_L = tl.where(is_lower_block(o_r, o_c, 2**i), b_D, 0.0)
+        b_X = merge_blocks(b_X, b_L, OPERAND, PRECISION)
+    return tl.reshape(b_X, (BT, 16))
 
 
 @triton.jit
@@ -204,25 +141,33 @@ def invert_chunk(b_A, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constex
     """``(I + A)^-1`` of strictly lower ``[BT, BT]``: blocks of 2, then merges of two.
 
     Merging is stable. Powers of the whole of A, the other way without a loop, cancel: they reach
-    thousands where the keys of a chunk are alike. With four warps all merges but the last two stay
-    inside a warp.
+    thousands where the keys of a chunk are alike. Merges of bfloat16 leave an error of a percent,
+    and a step of Newton, ``X + X (I - (I + A) X)`` with A in two parts, its square: with reflected
+    keys that are alike an error of 3e-3, which float16 needs a second step for.
     """
-    o_i = tl.arange(0, BT)
-    b_D = tl.where(o_i[:, None] // 16 == o_i[None, :] // 16, b_A, 0.0)
-    b_D = batch_blocks(tl.sum(tl.reshape(b_D, (BT, BT // 16, 16)), 1))
-    o_r = tl.arange(0, 16)[None, :, None]
-    o_c = tl.arange(0, 16)[None, None, :]
-    b_X = tl.where(o_r == o_c, 1.0, tl.where(o_r // 2 == o_c // 2, -b_D, 0.0))
-    for i in tl.static_range(1, 4):
-        b_L = tl.where(is_lower_block(o_r, o_c, 2**i), b_D, 0.0)
-        x = split_operand(b_X, DOT)
-        b_Y = multiply_split(split_operand(b_L, DOT), x, DOT, PRECISION)
-        b_X -= multiply_split(x, split_operand(b_Y, DOT), DOT, PRECISION)
-    b_X = tl.reshape(b_X, (BT, 16))
-    if BT >= 32:
-        b_X = merge_blocks(b_X, b_A, DOT, PRECISION)
+    OPERAND: tl.constexpr = tl.float32 if DOT.is_fp32() else tl.bfloat16
+    o_i = tl.arange(0, BT)[:, None]
+    o_j = tl.arange(0, BT)[None, :]
+    b_N = -b_A
+    b_X = invert_diagonal(b_N, OPERAND, PRECISION)
+    if BT > 16:
+        # Each block beside itself BT / 16 times, by a product: elsewhere it would move in memory.
+        b_E = tl.where(tl.arange(0, 16)[:, None] == o_j % 16, 1.0, 0.0)
+        b_X = tl.dot(b_X.to(OPERAND), b_E.to(OPERAND), input_precision=PRECISION)
+        b_X = tl.where(o_i // 16 == o_j // 16, b_X, 0.0)
+        b_L = tl.where(is_lower_block(o_i, o_j, 16), b_N, 0.0)
+        b_X = merge_blocks(b_X, b_L, OPERAND, PRECISION)
     if BT == 64:
-        b_X = merge_blocks(b_X, b_A, DOT, PRECISION)
+        b_L = tl.where(is_lower_block(o_i, o_j, 32), b_N, 0.0)
+        b_X = merge_blocks(b_X, b_L, OPERAND, PRECISION)
+    if not DOT.is_fp32():
+        n, dn = split_operand(b_N)
+        for _ in tl.static_range(2 if DOT.is_fp16() else 1):
+            x = b_X.to(OPERAND)
+            b_X = x.to(tl.float32)
+            b_R = tl.dot(dn, x, tl.where(o_i == o_j, 1.0, 0.0) - b_X)
+            b_R = tl.dot(n, x, b_R)
+            b_X = tl.dot(x, b_R.to(OPERAND), b_X)
     return b_X
 
 
@@ -291,12 +236,26 @@ def prepare_kernel(
     o_t = (i_start + i_chunk * BT + o_i).to(tl.int64)
     m_k = m_t[:, None] & (o_k < K)[None, :]
 
+    # All loads before the first product: none waits for what another leads to.
     p_k = k + i_b * stride_k_b + o_t[:, None] * stride_k_t + i_h * stride_k_h + o_k * stride_k_k
     b_k = tl.load(p_k, m_k, 0.0).to(DOT)
-    b_KK = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     if USE_QK_L2NORM or IS_SCALED:
         p_q = q + i_b * stride_q_b + o_t[:, None] * stride_q_t + i_h * stride_q_h + o_k * stride_q_k
         b_q = tl.load(p_q, m_k, 0.0).to(DOT)
+    if HAS_G:
+        p_g = g + i_b * stride_g_b + o_t * stride_g_t + i_hv * stride_g_h
+        b_g = tl.load(p_g, m_t, 0.0).to(G.dtype.element_ty)
+        # exp of this is zero in float32. Beyond it, sums would only lose digits, or be NaN.
+        b_g = tl.where(b_g < -104.0, -104.0, b_g)
+    else:
+        b_g = tl.zeros((BT,), G.dtype.element_ty)
+    if HAS_BETA:
+        # Of a load of BT each thread would do its own again for the columns.
+        o_2 = i_chunk * BT + tl.arange(0, 2 * BT) // 2
+        p_beta = beta + i_b * stride_beta_b + i_hv * stride_beta_h
+        p_beta += (i_start + o_2).to(tl.int64) * stride_beta_t
+        b_beta_2 = tl.load(p_beta, o_2 < length, 0.0).to(tl.float32)
+    b_KK = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     if IS_SCALED:
         b_QK = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if USE_QK_L2NORM:
@@ -310,13 +269,6 @@ def prepare_kernel(
     ROWS: tl.constexpr = 3 if USE_QK_L2NORM else (2 if IS_SCALED else 1)
 
     if i_chunk * BT < length:
-        if HAS_G:
-            p_g = g + i_b * stride_g_b + o_t * stride_g_t + i_hv * stride_g_h
-            b_g = tl.load(p_g, m_t, 0.0).to(G.dtype.element_ty)
-            # exp of this is zero in float32. Beyond it, sums would only lose digits, or be NaN.
-            b_g = tl.where(b_g < -104.0, -104.0, b_g)
-        else:
-            b_g = tl.zeros((BT,), G.dtype.element_ty)
         b_G = tl.cumsum(b_g, 0)
         p_G = G + (i_c.to(tl.int64) * HV + i_hv) * (ROWS * BT) + o_i
         if IS_SCALED:
@@ -338,12 +290,7 @@ def prepare_kernel(
         b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs)
         b_A = b_KK * b_D
         if HAS_BETA:
-            # Of a load of BT each thread would do its own again for the columns.
-            o_2 = i_chunk * BT + tl.arange(0, 2 * BT) // 2
-            p_beta = beta + i_b * stride_beta_b + i_hv * stride_beta_h
-            p_beta += (i_start + o_2).to(tl.int64) * stride_beta_t
-            b_beta = tl.load(p_beta, o_2 < length, 0.0).to(tl.float32)
-            b_beta, _ = tl.split(tl.reshape(b_beta, (BT, 2)))
+            b_beta, _ = tl.split(tl.reshape(b_beta_2, (BT, 2)))
             b_A *= b_beta[:, None]
         if IS_SCALED:
             b_P = (b_QK * b_D).to(DOT)
