@@ -169,13 +169,13 @@ def _call(
 
 
 def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype) -> list[Config]:
-    choices = [(tiles.BV, tiles.num_stages)]
+    choices = [(tiles.BV, tiles.num_warps, tiles.num_stages)]
     # Of float32 and of long keys no others fit.
     if _inductor.may_autotune() and dtype != torch.float32 and tiles.BK <= 128:
-        others = [(64, 2), (64, 3), (32, 2), (32, 3)]
+        others = [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)]
         choices += [c for c in others if c[0] <= tiles.BV and c not in choices]
     sizes = {"BT": tiles.BT, "BK": tiles.BK}
-    return [Config.of(tiles.num_warps, stages, BV=BV, **sizes) for BV, stages in choices]
+    return [Config.of(warps, stages, BV=BV, **sizes) for BV, warps, stages in choices]
 
 
 def _generators(T: Any) -> dict[str, Any]:

@@ -23,6 +23,9 @@ operands; ``PRECISION`` the ``input_precision`` of float32 products; ``INDEX`` t
 token's index in ``o``, int64 where its offset may pass 2**31. With USE_DESCRIPTORS tokens are
 loaded by tensor descriptors, with USE_DESCRIPTOR_STORE the output is stored by one, where nothing
 is fused into its store: both need heads that start and end at multiples of 16 bytes, without gaps.
+The output of a chunk is then put together and stored while the next chunk is computed, so that no
+product of the state waits for one of the output: Triton waits for a product where its result is
+used in the same round of a loop.
 """
 
 import triton
@@ -187,6 +190,10 @@ def scan_kernel(
         p_o = o + i_b * stride_o_b + i_first * stride_o_t + i_hv * stride_o_h
         d_o = tl.make_tensor_descriptor(p_o, [rows, V], [stride_o_t, 1], [BT, BV])
 
+    if USE_DESCRIPTOR_STORE:
+        b_o = tl.zeros((BV, BT), tl.float32)
+        b_p = tl.zeros((BV, BT), tl.float32)
+        b_rise = tl.zeros((BT,), tl.float32)
     # Read a chunk ahead: Triton does so only for what leads to the operands of a product.
     p_last = p_decays + (ROWS - 1) * BT
     b_next = tl.load(p_last, valid > 0, 0.0)
@@ -210,7 +217,13 @@ def scan_kernel(
             b_q = tl.load(p_q + o_row * stride_q_t + o_k[None, :] * stride_q_k, m_k, 0.0)
         b_Sd = b_S.to(DOT)
         b_x = tl.dot(b_Sd, tl.trans(b_k).to(DOT), input_precision=PRECISION)
+        if USE_DESCRIPTOR_STORE:
+            b_out = tl.trans((b_o * b_rise[None, :] + b_p) * scale)
         b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION)
+        if USE_DESCRIPTOR_STORE:
+            # Before the first chunk nothing is stored: past the end.
+            i_before = tl.where(i_t > 0, i_t - BT, places)
+            d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
         if USE_DESCRIPTORS:
             b_decay = d_decays.load([i_row * (HV * ROWS)])
             if USE_QK_L2NORM:
@@ -229,26 +242,33 @@ def scan_kernel(
             b_inverse = tl.load(p_inverse + o_pair, m_t[:, None], 0.0)
             b_weights = tl.load(p_weights + o_pair, m_t[:, None], 0.0)
         b_decay = b_decay.to(tl.float32)
-        b_o *= b_decay[None, :]
+        if USE_DESCRIPTOR_STORE:
+            b_rise = b_decay
+        else:
+            b_o *= b_decay[None, :]
         if USE_QK_L2NORM:
             # The decay of keys by way of that of queries, which would else not be read ahead.
             b_decay *= b_ratio.to(tl.float32)
         b_x = (tl.trans(b_v).to(tl.float32) - b_x * b_decay[None, :]).to(DOT)
         b_u = tl.dot(b_x, tl.trans(b_inverse).to(DOT), input_precision=PRECISION)
-        b_o = tl.dot(b_x, tl.trans(b_weights).to(DOT), b_o, input_precision=PRECISION) * scale
+        if USE_DESCRIPTOR_STORE:
+            b_p = tl.dot(b_x, tl.trans(b_weights).to(DOT), input_precision=PRECISION)
+        else:
+            b_o = tl.dot(b_x, tl.trans(b_weights).to(DOT), b_o, input_precision=PRECISION)
         b_S *= b_last.to(tl.float32)
         b_S = tl.dot(b_u.to(DOT), b_k.to(DOT), b_S, input_precision=PRECISION)
-        b_o = tl.trans(b_o)
-        if USE_DESCRIPTOR_STORE:
-            d_o.store([i_t, i_v * BV], b_o.to(o.dtype.element_ty))
-        else:
+        if not USE_DESCRIPTOR_STORE:
             store_output(
                 o,
                 (i_b, (i_first.to(INDEX) + o_t)[:, None], i_hv, o_v[None, :]),
                 (stride_o_b, stride_o_t, stride_o_h, stride_o_v),
-                b_o,
+                tl.trans(b_o * scale),
                 (o_t < length)[:, None] & (o_v < V)[None, :],
             )
+    if USE_DESCRIPTOR_STORE:
+        b_out = tl.trans((b_o * b_rise[None, :] + b_p) * scale)
+        i_before = tl.where(length > 0, places - BT, places)
+        d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
 
     p_final = final_state + i_write * stride_final_state_n + i_hv * stride_final_state_h
     p_final += o_v[:, None] * stride_final_state_v + o_k[None, :] * stride_final_state_k
