@@ -9,7 +9,7 @@ import torch
 
 from gdn_ops.kernels import recurrent as kernels
 from gdn_ops.kernels import recurrent_verify as verify
-from gdn_ops.kernels.configs import VerifyTiles, next_power_of_2, recurrent_config, verify_tiles
+from gdn_ops.kernels.configs import VerifyTiles, next_power_of_2, recurrent_tiles, verify_tiles
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
@@ -51,13 +51,14 @@ def supports(q: IRNode) -> None:
         raise Unsupported("the kernels compute in float32; pass q in a smaller dtype")
 
 
-def _configs(K: int, V: int, state: IRNode) -> list[Config]:
-    BK = next_power_of_2(K)
-    BV, warps = recurrent_config(K, V, state.get_dtype().itemsize)
-    configs = [Config.of(warps, 1, BK=BK, BV=BV)]
+def _configs(K: int, V: int, state: IRNode, heads: int | None) -> list[Config]:
+    tiles = recurrent_tiles(K, V, state.get_dtype().itemsize, heads)
+    choices = [(tiles.BV, tiles.num_warps)]
     if _inductor.may_autotune():
-        configs += [Config.of(w, 1, BK=BK, BV=b) for b, w in ((2 * BV, 1), (4 * BV, 2)) if b <= V]
-    return configs
+        choices += [(b, w) for b, w in ((2 * tiles.BV, 1), (4 * tiles.BV, 2)) if b <= V]
+    # Strides are numbers in generated code.
+    fixed = {"ROW": 0, "STREAM": tiles.stream, "BK": next_power_of_2(K)}
+    return [Config.of(w, 1, BV=b, **fixed) for b, w in choices]
 
 
 def _call(
@@ -79,14 +80,16 @@ def _call(
     is_table = table is not None and len(table.get_size()) == 2
     written = tensors["state" if in_place else "final_state"]
     assert written is not None
+    # Packed rows have one sequence more, the tokens of none.
+    sequences = B if cu_seqlens is None else cu_seqlens.get_size()[0]
+    heads = None if exact or is_table else _inductor.hints([sequences])[0] * HV
     return TEMPLATE.call(
         tensors,
         _inductor.contiguous_layout(v, [B, T, HV, V], v.get_dtype()),
-        _configs(K, V, written),
+        _configs(K, V, written, heads),
         mutated=["state" if in_place else "final_state"],
         aliases={"final_state": "state"} if in_place else None,
-        # Packed rows have one sequence more, the tokens of none.
-        call_sizes=[B if cu_seqlens is None else cu_seqlens.get_size()[0], HV, V],
+        call_sizes=[sequences, HV, V],
         generators=_generators(q, table),
         scale=K**-0.5 if scale is None else scale,
         null_index=null_index,

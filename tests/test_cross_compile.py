@@ -212,9 +212,10 @@ def _configs(launch):
     }
     with mock.patch.multiple(_inductor, **numbers):
         if launch.kernel == "recurrent":
-            return lowered_recurrent._configs(
-                launch.args["K"], launch.args["V"], _node(launch.args["final_state"])
-            )
+            K, V, BV = (launch.args[name] for name in ("K", "V", "BV"))
+            is_pinned = launch.args["EXACT"] or launch.args["IS_TABLE"]
+            heads = None if is_pinned else launch.programs * BV // V
+            return lowered_recurrent._configs(K, V, _node(launch.args["final_state"]), heads)
         if launch.kernel == "causal_conv1d":
             x, weight, written, bounds = (
                 launch.args[name] for name in ("x", "weight", "final_state", "cu_seqlens")

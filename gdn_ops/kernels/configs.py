@@ -43,17 +43,47 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@functools.cache
-def recurrent_config(K: int, V: int, state_bytes: int) -> tuple[int, int]:
-    """``BV`` and warps of ``recurrent_kernel``.
+class RecurrentTiles(NamedTuple):
+    """Tiles of ``recurrent_kernel``, and how it reaches the states."""
 
-    Small tiles, one warp, many programs: 16 bytes a lane and 8 rows of 128 float32, or 16 of 16-bit
-    numbers, moved 84 to 95 % of a copy's bandwidth at batches of 16 to 1024; larger tiles less
-    (H200, torch 2.11, Triton 3.6, 2026-11-23).
+    BV: int
+    num_warps: int
+    stream: bool  # states are written past the caches
+    has_row: bool  # the stride of a state's rows is compiled in
+
+
+@functools.cache
+def recurrent_tiles(K: int, V: int, state_bytes: int, heads: int | None) -> RecurrentTiles:
+    """Small tiles, one warp, many programs: 16 bytes a lane.
+
+    Rows of 128 numbers on an H200 (Triton 3.6, 2026-11-24, us for 1, 16, 64, 256 and 1024 rows of
+    32 heads; the copy's floor is 1, 16, 64, 255, 1018 for float32, half for bfloat16):
+
+        float32    4 rows, past the caches      3.1   19.5   73     277   1091
+                   8 rows                       4.0   20.3   72.7   272   1067
+                   16 rows                      4.2   20.6   71.8   269   1061
+        bfloat16   4 rows, past the caches      2.7   12.7   45     167    669
+                   8 rows, past the caches      3.1   11.0   38.2   146    593
+                   16 rows, stride compiled in  3.2   12.6   40     143    553 to 581
+                   16 rows                      4.0   12.6   44     157    605 to 623
+
+    Args:
+        K: Key size.
+        V: Value size.
+        state_bytes: Bytes of a number of the state.
+        heads: States in the call. None: one tile for all, where a state is written for each token
+            or the bits of a token are to depend on nothing but its inputs.
     """
-    elements = 4096 // state_bytes if state_bytes < 8 else 512
-    BV = max(1, elements // next_power_of_2(K))
-    return min(BV, next_power_of_2(V)), 1
+    width = next_power_of_2(K)
+    rows = 4096 // state_bytes // width if state_bytes < 8 else 512 // width
+    stream = has_row = False
+    if heads is not None and state_bytes <= 4:
+        megabytes = heads * V * width * state_bytes / 2**20
+        stream = megabytes <= (48 if state_bytes == 4 else 100)
+        rows = 16 if not stream else 8 if state_bytes == 2 and megabytes > 4 else 4
+        rows = rows * 128 // width
+        has_row = state_bytes == 2 and not stream
+    return RecurrentTiles(min(max(1, rows), next_power_of_2(V)), 1, stream, has_row)
 
 
 class VerifyTiles(NamedTuple):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import recurrent_verify
-from .configs import cdiv, next_power_of_2, recurrent_config, verify_tiles
+from .configs import cdiv, next_power_of_2, recurrent_tiles, verify_tiles
 from .exact import exact_delta_step, exact_inverse_norm
 from .launch import launch, strides
 from .norm import inverse_norm
@@ -118,6 +118,8 @@ def recurrent_kernel(
     HAS_READ_INDICES: tl.constexpr,
     IS_VARLEN: tl.constexpr,
     EXACT: tl.constexpr,  # a token's bits depend on nothing but its inputs and the state before it
+    ROW: tl.constexpr,  # the stride of a state's rows where it is compiled in, else 0
+    STREAM: tl.constexpr,  # states are written past the caches
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -174,10 +176,11 @@ def recurrent_kernel(
     b_s = tl.zeros([BV, BK], tl.float32)
     if HAS_STATE:
         p_s = state + i_read * stride_state_n + i_hv * stride_state_h
-        p_s += o_v[:, None] * stride_state_v + o_k[None, :] * stride_state_k
+        p_s += o_v[:, None] * (ROW if ROW else stride_state_v) + o_k[None, :] * stride_state_k
         b_s = tl.load(p_s, m_s & is_live, 0.0).to(tl.float32)
     p_f = final_state + i_hv * stride_final_state_h
-    p_f += o_v[:, None] * stride_final_state_v + o_k[None, :] * stride_final_state_k
+    p_f += o_v[:, None] * (ROW if ROW else stride_final_state_v)
+    p_f += o_k[None, :] * stride_final_state_k
 
     p_q = q + i_b * stride_q_b + i_h * stride_q_h + o_k * stride_q_k
     p_k = k + i_b * stride_k_b + i_h * stride_k_h + o_k * stride_k_k
@@ -225,7 +228,9 @@ def recurrent_kernel(
             tl.store(p_slot, b_s.to(final_state.dtype.element_ty), m_f)
     if not IS_TABLE:
         p_slot = p_f + i_write * stride_final_state_n
-        tl.store(p_slot, b_s.to(final_state.dtype.element_ty), m_s & is_live)
+        modifier: tl.constexpr = ".cs" if STREAM else ""
+        b_s = b_s.to(final_state.dtype.element_ty)
+        tl.store(p_slot, b_s, m_s & is_live, cache_modifier=modifier)
 
 
 def supports(q: Tensor, *_: object, **__: object) -> str | None:
@@ -258,9 +263,10 @@ def _launch(
     HV, V = v.shape[2:]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     N = B if cu_seqlens is None else cu_seqlens.shape[0]  # packed: one more, the tokens of none
-    BK = next_power_of_2(K)
-    BV, num_warps = recurrent_config(K, V, final_state.dtype.itemsize)
     is_table = state_indices is not None and state_indices.dim() == 2
+    size = final_state.dtype.itemsize
+    tiles = recurrent_tiles(K, V, size, None if exact or is_table else N * HV)
+    row = final_state.stride(2) if tiles.has_row and is_pool else 0
     slots = (state_indices, num_accepted_tokens, cu_seqlens, read_indices)
     tensors = (q, k, v, g, beta, state, final_state, *slots, o)
     numbers = (
@@ -280,10 +286,10 @@ def _launch(
     )
     launch(
         recurrent_kernel,
-        N * HV * cdiv(V, BV),
+        N * HV * cdiv(V, tiles.BV),
         tensors,
         numbers,
-        num_warps,
+        tiles.num_warps,
         1,
         scale=K**-0.5 if scale is None else scale,
         null_index=null_index,
@@ -304,8 +310,10 @@ def _launch(
         HAS_READ_INDICES=read_indices is not None,
         IS_VARLEN=cu_seqlens is not None,
         EXACT=exact,
-        BK=BK,
-        BV=BV,
+        ROW=row,
+        STREAM=tiles.stream,
+        BK=next_power_of_2(K),
+        BV=tiles.BV,
     )
     return o
 
@@ -378,18 +386,10 @@ def recurrent_(
             use_qk_l2norm=use_qk_l2norm,
             null_index=null_index,
         )
+    slots = (state_indices, num_accepted_tokens, cu_seqlens, read_indices)
     return _launch(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        state,
-        state,
-        state_indices,
-        num_accepted_tokens,
-        cu_seqlens,
-        read_indices,
+        *(q, k, v, g, beta, state, state),
+        *slots,
         is_pool=True,
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
