@@ -180,7 +180,7 @@ def _read_nvidia(compiled: Any, arch: Arch) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        # Without its analysis of data flow, which the text does not show, in two thirds of the time.
+        # Its analysis of data flow, which the text does not show, takes a third of the time.
         assembly = _tool("nvdisasm", "-c", "-ndf", file.name)
         usage = _tool("cuobjdump", "-res-usage", file.name)
     used = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}
