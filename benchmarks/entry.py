@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.timing import Call, microseconds, summary
+from benchmarks.timing import Call, graph_times
 
 
 class Wrong(Exception):
@@ -17,12 +17,13 @@ class Entry:
     """A contender in a row.
 
     ``check`` returns errors on a small call or raises ``Wrong``; ``calls`` makes the calls to time,
-    each on memory of its own, together more than the cache holds.
+    each on memory of its own, together more than the cache holds; ``time`` times them.
     """
 
     name: str
     check: Callable[[], dict[str, float]]
     calls: Callable[[], list[Call]]
+    time: Callable[[list[Call]], dict] = graph_times
 
 
 def refuse(errors: dict[str, float], bounds: Callable[[str], float]) -> None:
@@ -44,12 +45,12 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def measured(entry: Entry, time: Callable[[list[Call]], list[float]] = microseconds) -> dict:
+def measured(entry: Entry) -> dict:
     """``us p10 p90`` and the errors of the check, or the ``reason`` why there are none."""
     try:
         errors = entry.check()
         with torch.no_grad():
-            result: dict = summary(time(entry.calls()))
+            result = entry.time(entry.calls())
         return result | {"errors": {name: float(f"{e:.2g}") for name, e in errors.items()}}
     except Exception as error:
         return {"reason": reason(error)}

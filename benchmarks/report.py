@@ -8,16 +8,27 @@ from benchmarks import ours
 from benchmarks.rows import HEADS, LAYOUTS, ONE_STEP, OPERATORS, bytes_moved, parse
 
 WITH_GATES = "gdn_ops with gates"
+# In the rows of layers and models, where ours is compiled.
+EAGER = "gdn_ops eager"
 # In the rows of layouts this stands where ours does, and the other one among the peers.
 V_MAJOR = "V-major"
 HEADERS = ("row", "ours", "with gates", "floor", "target", "best peer", "times as fast")
 
 
-def floor(row: str, ceilings: dict[str, float]) -> float | None:
-    """Microseconds of the row's least traffic at the bandwidth of the run's copy."""
-    if parse(row).name not in (*OPERATORS, *LAYOUTS) or "copy TB/s" not in ceilings:
+def floor(row: str, ours: dict, ceilings: dict[str, float]) -> float | None:
+    """Microseconds of the row's least traffic at the bandwidth of the run's copy.
+
+    A layer and a model count their own ``bytes`` and ``flops``; there it is the longer of that and
+    of the operations at the rate of the run's product.
+    """
+    if "copy TB/s" not in ceilings:
         return None
-    return round(bytes_moved(parse(row), HEADS) / ceilings["copy TB/s"] / 1e6, 2)
+    if parse(row).name in (*OPERATORS, *LAYOUTS):
+        return round(bytes_moved(parse(row), HEADS) / ceilings["copy TB/s"] / 1e6, 2)
+    if "bytes" not in ours:
+        return None
+    times = ours["bytes"] / ceilings["copy TB/s"], ours["flops"] / ceilings["mm TFLOP/s"]
+    return round(max(times) / 1e6, 2)
 
 
 def row_result(
@@ -26,13 +37,15 @@ def row_result(
     """A row of the JSON: our numbers or the reason, the floor and target, each peer's the same."""
     first = V_MAJOR if parse(row).name in LAYOUTS else ours.NAME
     result = {"row": row} | found.get(first, {"reason": "not measured"})
-    least = floor(row, ceilings)
+    least = floor(row, result, ceilings)
     if least is not None:
         result["floor_us"] = least
     result |= targets.get(row, {})
     if WITH_GATES in found:
         result["with_gates"] = found[WITH_GATES]
-    others = {k: v for k, v in found.items() if k not in (first, WITH_GATES)}
+    if EAGER in found:
+        result["eager"] = found[EAGER]
+    others = {k: v for k, v in found.items() if k not in (first, WITH_GATES, EAGER)}
     return result | {"peers": others}
 
 
@@ -77,7 +90,8 @@ def line(result: dict) -> str:
     text = f"{row}: {us}"
     for label, value in (("with gates", gates), ("floor", least), ("target", target)):
         text += f", {label} {value}" if value else ""
-    for name, peer in result["peers"].items():
+    others = {"eager": result["eager"]} if "eager" in result else {}
+    for name, peer in (others | result["peers"]).items():
         text += f"; {name} {number(peer['us']) if 'us' in peer else peer['reason']}"
     return text + (f"; {ratio} times as fast as the best" if ratio else "")
 

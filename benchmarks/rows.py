@@ -24,6 +24,8 @@ ONE_STEP = ("decode", "verify", "verify_once")
 OPERATORS = (*ONE_STEP, "prefill", "prefill_serving", "train")
 # Rows of two kernels that differ in nothing but the layout of a state.
 LAYOUTS = ("layout", "layout_scan")
+# Rows of code of transformers: a whole layer, and a small model.
+MODELS = ("layer", "model")
 # Tokens of a chunk where a row depends on it.
 CHUNK = 64
 
@@ -63,6 +65,7 @@ ROWS = (
     *(Row("train", N, T) for N, T in ((1, 8192), (1, 32768), (4, 8192))),
     *(Row("layout", N, 1, state) for state in DTYPES for N in BATCHES),
     *(Row("layout_scan", N, 4 * CHUNK) for N in BATCHES),
+    *(Row(name, N, T) for name in MODELS for N, T in ((1, 1), (64, 1), (1, 2048))),
 )
 
 # Measured first, so that a run that is cut short has them.

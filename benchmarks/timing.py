@@ -1,6 +1,7 @@
-"""Times on a GPU: replays of CUDA graphs over memory that no cache holds."""
+"""Times on a GPU: of CUDA graphs over memory that no cache holds, and of calls from Python."""
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,49 @@ def summary(times: list[float]) -> dict[str, float]:
         "p10": round(ordered[tenth], 2),
         "p90": round(ordered[-1 - tenth], 2),
     }
+
+
+def graph_times(calls: list[Call]) -> dict[str, float]:
+    """Microseconds of one call without the host: median, 10th and 90th percentile."""
+    return summary(microseconds(calls))
+
+
+def as_called(call: Call, prepare: Call, repeats: int = 20) -> dict[str, float]:
+    """Microseconds of a call from Python until its results are there, from a cold L2 cache.
+
+    ``gpu_us`` is the median on the GPU alone: it is kept busy until the host has launched all, or
+    as much as its queue holds. ``prepare`` runs before each call and is not timed.
+    """
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    flushed = torch.empty(4 * cache, dtype=torch.int8, device="cuda")
+
+    def cold() -> None:
+        prepare()
+        flushed.zero_()
+
+    for _ in range(5):
+        cold()
+        call()
+    walls, times = [], []
+    for _ in range(repeats):
+        cold()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        walls.append(1e6 * (time.perf_counter() - start))
+    # Twice as long as the host needs at most, at 2 GHz.
+    cycles = int(2 * statistics.median(walls) * 2000)
+    for _ in range(repeats):
+        cold()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
+        before.record()
+        call()
+        after.record()
+        after.synchronize()
+        times.append(1e3 * before.elapsed_time(after))
+    return summary(walls) | {"gpu_us": round(statistics.median(times), 2)}
 
 
 def ceilings() -> dict[str, float]:

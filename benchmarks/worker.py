@@ -18,7 +18,7 @@ import gdn_ops
 from benchmarks import ours
 from benchmarks.entry import Entry, measured
 from benchmarks.peers import find
-from benchmarks.rows import LAYOUTS, Row, parse
+from benchmarks.rows import LAYOUTS, MODELS, Row, parse
 from benchmarks.timing import ceilings
 
 Say = Callable[..., None]
@@ -57,6 +57,10 @@ def entries(row: Row, peers: tuple[str, ...]) -> list[Entry]:
         from benchmarks import layout
 
         return layout.entries(row)
+    if row.name in MODELS:
+        from benchmarks import models
+
+        return models.entries(row, peers)
     from benchmarks import operators
 
     return operators.entries(row, peers)

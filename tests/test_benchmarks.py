@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 
-from benchmarks import exact, operators, pack, report, suite, table, unpack
+from benchmarks import exact, models, operators, pack, report, suite, table, unpack
 from benchmarks.cases import make_case
 from benchmarks.entry import Entry, Wrong, measured, refuse
 from benchmarks.peers import PEERS
 from benchmarks.rows import HEADLINE, ROWS, Heads, Row, bytes_moved, chosen, parse
+from gdn_ops.integrations.transformers import REPLACEMENTS
 
 HEADS = Heads(2, 4, 16, 8)
 
@@ -70,6 +71,62 @@ def test_our_steps_and_gradients_agree_with_the_loop_over_tokens(row):
 def test_our_compiled_call_with_gates_agrees_with_the_loop_over_tokens(row):
     name = operators.WITH_GATES if row.name == "decode" else "gdn_ops"
     operators.check(name, row, HEADS, "cpu")
+
+
+# Sizes of a layer and of a model that a CPU has time for.
+TINY = {
+    "hidden_size": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
+TINY_MODEL = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+TINY_MODEL |= {"intermediate_size": 64, **TINY}
+
+
+@pytest.mark.parametrize(
+    ("row", "sizes"),
+    [
+        (Row("layer", 3, 1), TINY),
+        (Row("layer", 1, 150), TINY),
+        (Row("model", 3, 1), TINY_MODEL),
+    ],
+    ids=["layer decode", "layer prefill", "model decode"],
+)
+def test_layers_and_models_agree_with_those_of_transformers(row, sizes):
+    comparison = models.Comparison(row, sizes, "cpu")
+    for side in models.sides_of(("hugging_face",)):
+        errors = comparison.check(side)
+        assert set(errors) == {"o", "state"}
+        # Of bfloat16 weights against the same in float32: nothing is compared with itself.
+        assert errors["o"] > torch.finfo(torch.bfloat16).eps / 8
+
+
+def test_a_layer_with_a_wrong_operator_is_not_timed(monkeypatch):
+    name = "torch_recurrent_gated_delta_rule"
+    right = REPLACEMENTS[name]
+    monkeypatch.setitem(
+        REPLACEMENTS, name, lambda q, k, v, **options: right(q, k, 1.1 * v, **options)
+    )
+    entries = {e.name: e for e in models.entries(Row("layer", 2, 1), (), TINY, "cpu")}
+    assert measured(entries["gdn_ops eager"])["reason"].startswith("wrong: o is off by")
+
+
+def test_the_floor_of_a_layer_is_its_weights_and_states_or_its_products():
+    comparison = models.Comparison(Row("layer", 3, 1), TINY, "cpu")
+    comparison.check("gdn_ops eager")
+    # q, k, v and z of 64 rows and 32 + 32 + 128 + 128 columns, a and b of 4 each, the way back.
+    matrices = 64 * 320 + 64 * 8 + 128 * 64
+    others = 4 * 192 + 4 + 4 + 32  # taps, A_log, dt_bias, the weight of the norm
+    state = 3 * 4 * 16 * 32 * 4
+    assert comparison.least() == {
+        "bytes": 2 * (matrices + others) + 2 * 2 * 3 * 64 + 2 * state,
+        "flops": 2 * matrices * 3,
+    }
+    ceilings = {"copy TB/s": 4.0, "mm TFLOP/s": 500.0}
+    assert report.floor("layer 1x1 fp32", {"bytes": 8e6, "flops": 1e6}, ceilings) == 2.0
+    assert report.floor("layer 1x1 fp32", {"bytes": 8e6, "flops": 5e9}, ceilings) == 10.0
 
 
 def test_a_write_to_a_slot_of_no_sequence_is_wrong():
