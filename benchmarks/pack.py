@@ -1,6 +1,6 @@
 """``python -m benchmarks pack DIR``: the peers in archives, for a GPU machine without network.
 
-Wheels for Linux on x86-64 and CPython 3.12 are downloaded by pip and unpacked; what no row needs is
+Wheels for Linux on x86-64 and one CPython are downloaded by pip and unpacked; what no row needs is
 left out; the rest goes into ``DIR/1``, ``DIR/2`` and so on, each below the limit, so that each can
 be carried alone. On the other machine ``python -m benchmarks unpack DIR/1 TARGET`` puts them into
 one folder, for ``PYTHONPATH``. torch and triton are there already.
@@ -83,6 +83,14 @@ PACKAGES = {
             ),
         ),
     ),
+    # What its model code imports; typer, click and hf-xet, of its command line, are not.
+    "hugging_face": (
+        *map(Package, ("transformers==5.23.0", "huggingface_hub==2.4.0", "tokenizers==0.23.3")),
+        *map(Package, ("safetensors==0.8.0", "regex==2026.11.15", "PyYAML==6.0.3", "tqdm")),
+        *map(Package, ("packaging==26.3", "filelock==4.2.12", "fsspec==2026.9.0", "idna")),
+        *map(Package, ("httpx2==2.16.2", "httpcore2==2.16.2", "h11==0.16.0", "anyio==4.16.0")),
+        *map(Package, ("truststore==0.10.5", "typing_extensions==4.16.0")),
+    ),
 }
 
 
@@ -128,12 +136,13 @@ def volumes(sizes: list[int], limit: int) -> list[int]:
     return numbers
 
 
-def download(package: Package, folder: Path) -> Path:
-    """The wheel, by pip."""
+def download(package: Package, folder: Path, python: str) -> Path:
+    """The wheel for a CPython such as ``3.12``, by pip."""
+    number = python.replace(".", "")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
     command += [flag for name in PLATFORMS for flag in ("--platform", name)]
-    command += ["--python-version", "312", "--implementation", "cp", "--only-binary", ":all:"]
-    command += [flag for abi in ("cp312", "abi3", "none") for flag in ("--abi", abi)]
+    command += ["--python-version", number, "--implementation", "cp", "--only-binary", ":all:"]
+    command += [flag for abi in (f"cp{number}", "abi3", "none") for flag in ("--abi", abi)]
     before = set(folder.iterdir())
     subprocess.run([*map(str, command), package.requirement], check=True)
     (wheel,) = set(folder.iterdir()) - before
@@ -189,13 +198,13 @@ def megabytes(text: str) -> int:
     return int(float(text.upper().removesuffix("MB")) * 1e6)
 
 
-def pack(folder: Path, peers: list[str], limit: int) -> None:
+def pack(folder: Path, peers: list[str], limit: int, python: str) -> None:
     """Download, slim, compress, and sort into volumes; says what is left out, and why."""
     folder.mkdir(parents=True)
     archives: list[Path] = []
     with tempfile.TemporaryDirectory() as temporary:
         for package in plan(peers):
-            wheel = download(package, Path(temporary))
+            wheel = download(package, Path(temporary), python)
             made, without = write_archives(package, wheel, folder)
             archives += made
             sizes = ", ".join(f"{path.stat().st_size / 1e6:.1f}" for path in made)
@@ -228,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--limit", type=megabytes, default="50MB", help="of each volume")
     parser.add_argument("--peers", default=",".join(PACKAGES), help="with commas between them")
+    parser.add_argument("--python", default="3.12", help="the CPython that imports them")
     args = parser.parse_args(argv)
     try:
         plan(args.peers.split(","))
@@ -235,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"benchmarks pack: {error}") from None
     if args.folder.exists():
         raise SystemExit(f"benchmarks pack: DIR must not exist, got {args.folder}")
-    pack(args.folder, args.peers.split(","), args.limit)
+    pack(args.folder, args.peers.split(","), args.limit, args.python)
 
 
 if __name__ == "__main__":

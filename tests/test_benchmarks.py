@@ -204,7 +204,7 @@ def test_the_process_that_measures_says_that_there_is_no_gpu():
 def test_what_travels_is_pinned_and_each_package_travels_once():
     packages = pack.plan(list(pack.PACKAGES))
     assert len({package.requirement for package in packages}) == len(packages)
-    assert {"fla-core", "flashinfer-python", "attn-gym", "flash-qla", "vllm"} <= {
+    assert {"fla-core", "flashinfer-python", "attn-gym", "flash-qla", "vllm", "transformers"} <= {
         package.name for package in packages
     }
     with pytest.raises(ValueError, match="peers: torch must be one of fla, "):
