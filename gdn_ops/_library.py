@@ -98,7 +98,7 @@ def _with_kernels(
             return plan(*found)
         call = functools.partial(getattr(_load(module), function), *args, **keywords)
         with _current_device(args[0].device):
-            result, plan = _load("plan").record(call, args)
+            result, plan = _load("record").record(call, args)
         if plan is not None:
             plans.add(args, keywords, plan)
         return result

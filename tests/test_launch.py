@@ -1,6 +1,7 @@
 """Calls are planned once and then repeated: what may share a plan, and what a plan repeats."""
 
 import ctypes
+import itertools
 import types
 
 import pytest
@@ -14,6 +15,7 @@ from triton.runtime import driver  # noqa: TID253
 
 from gdn_ops.kernels import plan as plans
 from gdn_ops.kernels.launch import launch
+from gdn_ops.kernels.record import record
 
 
 def _tensors():
@@ -116,8 +118,8 @@ class Doubling:
         self.packed_metadata, self.function = (1, 1, 0), 7
         self.launch_cooperative_grid = self.launch_pdl = False
         self.streams, self.compiled = [], 0
+        self.addresses, self.scratch = [], []
         self.run = self
-        self.hooked = []
 
     def __getitem__(self, grid):
         def first(x, y, n, *, factor, num_warps, num_stages):
@@ -140,9 +142,11 @@ class Doubling:
 
     def launch(self, x, y, z, stream, function, cooperative, pdl, scratch, profile, *rest):
         """The C function of Triton 3.6."""
+        self.scratch.append(scratch)
         self(x, y, z, stream, function, *rest)
 
     def _compute(self, x, y, n, factor):
+        self.addresses.append((x, y))
         source, target = ((ctypes.c_float * n).from_address(p) for p in (x, y))
         target[:] = [factor * value for value in source]
 
@@ -167,7 +171,7 @@ def _launching(kernel, x, factor=2.0, before=None):
 
 
 def _planned(call, *args):
-    result, plan = plans.record(lambda: call(*args), args)
+    result, plan = record(lambda: call(*args), args)
     return result, plan
 
 
@@ -207,6 +211,79 @@ def test_a_plan_keeps_the_layout_of_what_is_allocated(kernel):
     results, plan = _planned(call, torch.ones(2, 8))
     for x, y in zip(_repeat(plan, torch.ones(2, 8)), results, strict=True):
         assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+@pytest.fixture
+def unfilled():
+    """Memory is not filled: as users run, not the tests."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
+def _through_pieces(kernel, x):
+    """``2 * x``, and ``8 * x`` by way of two tensors that only kernels see."""
+    doubled, last = torch.empty_like(x), torch.empty_like(x)
+    pieces = torch.empty(2, x.numel()), torch.empty(x.shape, dtype=torch.float64)
+    for source, target in ((x, doubled), (doubled, pieces[0]), pieces, (pieces[1], last)):
+        factor = 1.0 if target is last else 2.0
+        launch(kernel, 1, (source, target), (x.numel(),), 1, 1, factor=factor)
+    return doubled, last
+
+
+def test_what_only_kernels_see_comes_from_one_allocation(kernel, unfilled):
+    _, plan = _planned(lambda x: _through_pieces(kernel, x), torch.ones(5))
+    x = torch.arange(5.0)
+    kernel.addresses.clear()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        doubled, last = _repeat(plan, x)
+    assert torch.equal(doubled, 2 * x)
+    assert torch.equal(last, 8 * x)
+    sizes = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage > 0]
+    assert sorted(sizes) == [20, 20, 1024]
+    (_, first), (_, second) = kernel.addresses[1:3]
+    assert second - first == 512
+
+
+@pytest.fixture
+def direct(kernel, monkeypatch):
+    """The kernel, started as Triton 3.6 starts one."""
+    monkeypatch.setattr(plans.triton, "__version__", "3.6.0")
+    return kernel
+
+
+def test_scratch_of_a_kernel_is_a_piece_of_the_block(direct, unfilled):
+    direct.metadata = types.SimpleNamespace(global_scratch_size=600, profile_scratch_size=0)
+    _, plan = _planned(lambda x: _through_pieces(direct, x), torch.ones(5))
+    x = torch.arange(5.0)
+    direct.addresses.clear()
+    assert torch.equal(_repeat(plan, x)[1], 8 * x)
+    (_, first), (_, second) = direct.addresses[1:3]
+    assert len(direct.scratch) == 4
+    places = sorted([first, second, *direct.scratch])
+    assert all(y - x >= 512 for x, y in itertools.pairwise(places))
+    assert all(y - x >= 1024 for x, y in itertools.pairwise(sorted(direct.scratch)))
+
+
+def test_a_kernel_without_scratch_gets_none(direct):
+    _, plan = _planned(lambda x: _launching(direct, x), torch.ones(5))
+    _repeat(plan, torch.ones(5))
+    assert direct.scratch == [None]
+
+
+def test_planned_memory_is_filled_where_torch_fills_what_it_allocates(kernel):
+    _, plan = _planned(lambda x: (torch.empty_like(x), torch.empty(2)), torch.ones(3))
+    assert all(x.isnan().all() for x in _repeat(plan, torch.ones(3)))
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_results_of_a_plan_are_tensors_of_inference_where_those_of_torch_are(
+    kernel, unfilled, is_inference
+):
+    _, plan = _planned(lambda x: _launching(kernel, x), torch.ones(4))
+    with torch.inference_mode(is_inference):
+        y = _repeat(plan, torch.ones(4))
+        assert y.is_inference() == torch.empty(4).is_inference() == is_inference
 
 
 def test_a_plan_launches_on_the_stream_of_each_call(kernel):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .plan import active_recorder
+from .record import active_recorder
 
 
 def launch(

@@ -4,40 +4,101 @@ A launching function reads shapes, strides, dtypes, devices and flags, never dat
 agree in these, and in which pointers are multiples of 16 bytes, allocate the same tensors and
 launch the same binaries with the same numbers; only the pointers differ. Working all that out takes
 ten times as long as the launch: a decode step does it once.
+
+What only kernels see, their scratch included, a plan takes from one block of memory: an allocation
+costs the host about as much as a launch.
 """
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
 
-aten = torch.ops.aten
+try:
+    # Its functions allocate on the current device in half the time of torch.empty_strided. Code of
+    # Inductor calls them; they are private: without them calls only take longer.
+    from torch._C._dynamo import guards as _quick
+except ImportError:
+    _quick = None  # type: ignore[assignment]
 
-# step(values, pointers, stream): `values` and `pointers` start with None, for what is absent, and
-# the arguments of the call; a step appends what it makes.
-Step = Callable[[list[Any], list[Any], int], None]
+# step(values, addresses, stream, is_watched): values and addresses have the same places, of which
+# the first is None, for what is absent. Hooks of Triton are called where a profiler watches.
+Step = Callable[[list[Any], list[Any], int, bool], None]
 
-_ALLOCATIONS = {
-    aten.empty.memory_format,
-    aten.empty_like.default,
-    aten.empty_strided.default,
-    aten.new_empty.default,
-    aten.new_empty_strided.default,
-}
+# Between tensors of a block, as between those of torch's allocator.
+_ALIGNMENT = 512
+
+
+class Allocation(NamedTuple):
+    """A tensor to allocate."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        if 0 in self.size:
+            return 0
+        last = sum((n - 1) * stride for n, stride in zip(self.size, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+
+class Launch(NamedTuple):
+    """A kernel to start. Places are those of its scratch and of its tensors."""
+
+    binary: Any
+    programs: int
+    scratch: int
+    places: tuple[int, ...]
+    others: tuple[Any, ...]
+
+
+class Call(NamedTuple):
+    """A function of torch to call, with the places of its tensors by argument."""
+
+    func: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+    places: dict[int, int]
+    result: int | None
 
 
 class Plan:
-    """The steps of a call, and which values it returns."""
+    """What a call allocates, its steps, and which values it returns.
 
-    def __init__(self, steps: tuple[Step, ...], results: int | tuple[int, ...], device: int):
-        self._steps, self._results, self._device = steps, results, device
+    Places are, in this order: None, a piece of the block for each of ``pieces``, the arguments, a
+    tensor for each of ``tensors``, and the results of ``calls`` calls of torch.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Allocation],
+        tensors: Sequence[Allocation],
+        calls: int,
+        steps: tuple[Step, ...],
+        results: int | tuple[int, ...],
+        device: torch.device,
+    ):
+        rooms = [-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in pieces]
+        self._offsets = [sum(rooms[:i]) for i in range(len(rooms))]
+        self._block = Allocation((sum(rooms),), (1,), torch.uint8) if rooms else None
+        self._tensors, self._calls, self._steps = tensors, [None] * calls, steps
+        self._results = (
+            _items(results) if isinstance(results, tuple) else operator.itemgetter(results)
+        )
+        self._absent = [None] * (1 + len(pieces))
+        self._current_device = driver.active.get_current_device
+        self._current_stream = driver.active.get_current_stream
+        self._device = self._current_device()
+        self._empty_filled = functools.partial(_empty, device)
+        self._empty = getattr(_quick, f"_empty_strided_{device.type}", self._empty_filled)
 
     def __call__(self, tensors: Sequence[Tensor], pointers: list[int]) -> Any:
         """Do the steps on the current stream.
@@ -46,144 +107,45 @@ class Plan:
             tensors: The arguments that are not None.
             pointers: Their addresses.
         """
-        active, device = driver.active, self._device
-        if active.get_current_device() != device:
+        device = self._device
+        if self._current_device() != device:
             with torch.cuda.device(device):
                 return self(tensors, pointers)
-        values: list[Any] = [None, *tensors]
-        addresses: list[Any] = [None, *pointers]
-        stream = active.get_current_stream(device)
+        empty = self._empty
+        if torch.are_deterministic_algorithms_enabled():
+            empty = self._empty_filled
+        values: list[Any] = [*self._absent, *tensors]
+        addresses: list[Any] = [None]
+        block = self._block
+        if block is not None:
+            memory = empty(*block)  # in use until this function returns, then by the same stream
+            start = memory.data_ptr()
+            addresses += [start + offset for offset in self._offsets]
+        addresses += pointers
+        for size, stride, dtype in self._tensors:
+            x = empty(size, stride, dtype)
+            values.append(x)
+            addresses.append(x.data_ptr())
+        values += self._calls
+        addresses += self._calls
+        stream, is_watched = self._current_stream(device), _is_watched()
         for step in self._steps:
-            step(values, addresses, stream)
-        results = self._results
-        return values[results] if isinstance(results, int) else tuple([values[i] for i in results])
+            step(values, addresses, stream, is_watched)
+        return self._results(values)
 
 
-class Recorder(TorchDispatchMode):
-    """Notes every call of torch and every launch of this thread while it is entered."""
-
-    def __init__(self, tensors: list[Tensor]):
-        super().__init__()
-        self._values: list[Any] = [None, *tensors]
-        self._places = {id(x): i for i, x in enumerate(self._values)}
-        self._kept: list[Tensor] = []
-        self._steps: list[Step] = []
-        self._is_complete = True
-        self._is_paused = False
-
-    def __enter__(self) -> "Recorder":
-        _ACTIVE.recorder = self
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        _ACTIVE.recorder = None
-        super().__exit__(*error)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self._is_paused:
-            self._note_call(func, args, kwargs or {}, result)
-        return result
-
-    def plan(self, results: Any) -> Plan | None:
-        """The plan of what was noted; None where something cannot be repeated."""
-        places = [self._place(x) for x in (results if isinstance(results, tuple) else (results,))]
-        if not self._is_complete:
-            return None
-        which = tuple(places) if isinstance(results, tuple) else places[0]
-        return Plan(tuple(self._steps), which, driver.active.get_current_device())
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Notes nothing: what Triton itself allocates for a launch."""
-        self._is_paused = True
-        try:
-            yield
-        finally:
-            self._is_paused = False
-
-    def note_launch(
-        self,
-        binary: Any,
-        programs: int,
-        tensors: tuple[Tensor | None, ...],
-        others: tuple[Any, ...],
-    ) -> None:
-        """A kernel was launched; the interpreter has no binary."""
-        places = [self._place(x) for x in tensors]
-        if binary is None:
-            self._is_complete = False
-        if self._is_complete:
-            self._steps.append(_launch_step(binary, programs, places, others))
-
-    def _note_call(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
-        if func in _ALLOCATIONS:
-            self._steps.append(self._allocation(result))
-            self._add(result, len(self._values))
-            return
-        if func is aten.detach.default:  # torch's own, of what a mode returns
-            self._add(result, self._place(args[0]))
-            return
-        nested = (x for x in (*args, *kwargs.values()) if isinstance(x, list | tuple))
-        has_nested = any(isinstance(y, Tensor) for x in nested for y in x)
-        if has_nested or any(isinstance(x, Tensor) for x in kwargs.values()):
-            self._is_complete = False
-        if not isinstance(result, Tensor):  # a number that was read from memory
-            self._is_complete = False
-            return
-        places = [(i, self._place(x)) for i, x in enumerate(args) if isinstance(x, Tensor)]
-        is_new = id(result) not in self._places
-        if is_new:
-            self._add(result, len(self._values))
-        self._steps.append(_call_step(func, args, kwargs, places, is_new))
-
-    def _allocation(self, x: Tensor) -> Step:
-        size, stride, dtype, device = x.size(), x.stride(), x.dtype, x.device
-        if stride == torch.empty(size, device="meta").stride():
-            for place, y in enumerate(self._values[1:], 1):
-                if (y.size(), y.dtype, y.device) == (size, dtype, device):
-                    return _allocation_like_step(place)  # half the time
-        return _allocation_step(size, stride, dtype, device)
-
-    def _add(self, x: Tensor, place: int) -> None:
-        self._places[id(x)] = place
-        self._kept.append(x)  # and so its id
-        if place == len(self._values):
-            self._values.append(x)
-
-    def _place(self, x: Any) -> int:
-        place = self._places.get(id(x))
-        if place is None:  # not of this call: a constant of the launching function
-            self._is_complete = False
-            return 0
-        return place
+def _empty(
+    device: torch.device, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Filled where ``torch.utils.deterministic.fill_uninitialized_memory`` asks for it."""
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
-class _Active(threading.local):
-    recorder: Recorder | None = None
-
-
-_ACTIVE = _Active()
-
-
-def record(call: Callable[[], Any], args: tuple[Tensor | None, ...]) -> tuple[Any, Plan | None]:
-    """The result of a launching function, and the plan of what it did where it can be repeated.
-
-    Args:
-        call: The function with its arguments.
-        args: Its tensors.
-    """
-    with Recorder([x for x in args if x is not None]) as recorder:
-        result = call()
-    return result, recorder.plan(result)
-
-
-def active_recorder() -> Recorder | None:
-    """The recorder that this thread has entered."""
-    return _ACTIVE.recorder
+def _items(places: tuple[int, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """``(x[places[0]], x[places[1]], ...)`` of ``x``."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda x: tuple([x[i] for i in places])
 
 
 def new_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -191,86 +153,104 @@ def new_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _entry(binary: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What starts a kernel, as ``JITFunction.run`` does, and its arguments after the stream.
+def scratch_size(binary: Any, programs: int) -> int:
+    """Bytes of the memory that Triton asks an allocator for."""
+    metadata = binary.metadata
+    size = getattr(metadata, "global_scratch_size", 0) or 0
+    return int(size) * programs * (getattr(metadata, "num_ctas", 1) or 1)
 
-    In Triton 3.6 that is a Python class around a C function, which allocates scratch and takes 1 us
-    of a launch's 2.3; where there is no scratch the C function serves. Triton 3.7 has another.
+
+def takes_scratch(binary: Any) -> bool:
+    """Whether a launch calls the C function that ``JITFunction.run`` calls in the end.
+
+    In Triton 3.6 there is a Python class around it, which allocates scratch and takes 1 us of a
+    launch's 2.3. Triton 3.7 has another function.
     """
-    run, packed_metadata = binary.run, binary.packed_metadata
+    is_profiled = getattr(binary.metadata, "profile_scratch_size", 0)
     is_nvidia = torch.version.hip is None
-    if triton.__version__.startswith("3.6.") and is_nvidia and not _has_scratch(binary):
-        modes = (run.launch_cooperative_grid, run.launch_pdl)
-        return run.launch, (binary.function, *modes, None, None, packed_metadata)
-    return run, (binary.function, packed_metadata)
+    return triton.__version__.startswith("3.6.") and is_nvidia and not is_profiled
 
 
-def _has_scratch(binary: Any) -> bool:
-    sizes = ("global_scratch_size", "profile_scratch_size")
-    return any(getattr(binary.metadata, name, 0) for name in sizes)
+def make_step(x: Launch | Call, places: dict[int, int]) -> Step:
+    """The step for what was noted at other places."""
+    if isinstance(x, Call):
+        result = None if x.result is None else places[x.result]
+        moved = {i: places[place] for i, place in x.places.items()}
+        return _call_step(x._replace(places=moved, result=result))
+    moved_places = tuple([places[i] for i in x.places])
+    x = x._replace(scratch=places[x.scratch], places=moved_places)
+    return _direct_launch_step(x) if takes_scratch(x.binary) else _launch_step(x)
 
 
-def _launch_step(binary: Any, programs: int, places: list[int], others: tuple[Any, ...]) -> Step:
-    needs_scratch = _has_scratch(binary)
-    start, options = _entry(binary)
-    hooks = knobs.runtime
+def _direct_launch_step(launch: Launch) -> Step:
+    binary, programs, scratch, places, others = launch
+    start, function, packed_metadata = binary.run.launch, binary.function, binary.packed_metadata
+    modes = (binary.run.launch_cooperative_grid, binary.run.launch_pdl)
+    tensors = _items(places)
 
-    def step(values: list[Any], pointers: list[Any], stream: int) -> None:
-        args = [pointers[i] for i in places]
-        before, after, metadata = hooks.launch_enter_hook, hooks.launch_exit_hook, None
-        if _is_set(before) or _is_set(after):
-            metadata = binary.launch_metadata((programs, 1, 1), stream, *args, *others)
-        else:
-            before = after = None  # an empty chain costs two calls
-        if needs_scratch:
+    def step(values: list[Any], addresses: list[Any], stream: int, is_watched: bool) -> None:
+        args = tensors(addresses)
+        hooks = _hooks(launch, stream, args) if is_watched else _NO_HOOKS
+        start(
+            programs,
+            1,
+            1,
+            stream,
+            function,
+            *modes,
+            addresses[scratch],
+            None,
+            packed_metadata,
+            *hooks,
+            *args,
+            *others,
+        )
+
+    return step
+
+
+def _launch_step(launch: Launch) -> Step:
+    binary, programs, _, places, others = launch
+    start, options = binary.run, (binary.function, binary.packed_metadata)
+    tensors, has_scratch = _items(places), scratch_size(binary, programs) > 0
+
+    def step(values: list[Any], addresses: list[Any], stream: int, is_watched: bool) -> None:
+        args = tensors(addresses)
+        hooks = _hooks(launch, stream, args) if is_watched else _NO_HOOKS
+        if has_scratch:
             triton.set_allocator(new_scratch)  # a setting of the thread
-        start(programs, 1, 1, stream, *options, metadata, before, after, *args, *others)
+        start(programs, 1, 1, stream, *options, *hooks, *args, *others)
 
     return step
 
 
-def _is_set(hook: Any) -> bool:
+# What a launch is given for a profiler: an empty chain would cost two calls.
+_NO_HOOKS = (None, None, None)
+
+
+def _hooks(launch: Launch, stream: int, args: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    grid = (launch.programs, 1, 1)
+    metadata = launch.binary.launch_metadata(grid, stream, *args, *launch.others)
+    return metadata, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+
+
+def _is_watched() -> bool:
     """Whether a profiler listens: hooks are chains, None or functions."""
-    return bool(getattr(hook, "calls", hook))
+    runtime = knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
-def _allocation_like_step(place: int) -> Step:
-    empty_like, contiguous = torch.empty_like, torch.contiguous_format
+def _call_step(call: Call) -> Step:
+    func, args, keywords, places, place = call
 
-    def step(values: list[Any], pointers: list[Any], stream: int) -> None:
-        result = empty_like(values[place], memory_format=contiguous)
-        values.append(result)
-        pointers.append(result.data_ptr())
-
-    return step
-
-
-def _allocation_step(
-    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Step:
-    size, empty_strided = tuple(size), torch.empty_strided
-
-    def step(values: list[Any], pointers: list[Any], stream: int) -> None:
-        result = empty_strided(size, stride, dtype=dtype, device=device)
-        values.append(result)
-        pointers.append(result.data_ptr())
-
-    return step
-
-
-def _call_step(
-    func: Any, args: tuple[Any, ...], kwargs: Any, places: list[tuple[int, int]], is_new: bool
-) -> Step:
-    # Without the tensors, which a plan must not keep alive.
-    fixed = [None if isinstance(x, Tensor) else x for x in args]
-
-    def step(values: list[Any], pointers: list[Any], stream: int) -> None:
-        now = fixed.copy()
-        for i, place in places:
-            now[i] = values[place]
-        result = func(*now, **kwargs)
-        if is_new:
-            values.append(result)
-            pointers.append(result.data_ptr())
+    def step(values: list[Any], addresses: list[Any], stream: int, is_watched: bool) -> None:
+        now = list(args)
+        for i, x in places.items():
+            now[i] = values[x]
+        result = func(*now, **keywords)
+        if place is not None:
+            values[place] = result
+            addresses[place] = result.data_ptr()
 
     return step
