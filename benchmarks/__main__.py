@@ -3,6 +3,8 @@
     python -m benchmarks [cpu] ...       the operators on a CPU, against transformers' functions
     python -m benchmarks gpu ...         every row on one GPU, side by side with its peers
     python -m benchmarks table           the measured tables of README.md and benchmarks/README.md
+    python -m benchmarks merge ...       the rows of several runs on a GPU in one file
+    python -m benchmarks plot FILE       a roofline and the peers' ratios, from a run on a GPU
     python -m benchmarks pack DIR        the peers, to carry to a GPU machine without network
     python -m benchmarks unpack ...      there: a folder for PYTHONPATH
     python -m benchmarks compiled-cpu    a compiled decode step on a CPU
@@ -20,6 +22,8 @@ COMMANDS = {
     "cpu": "cpu",
     "gpu": "suite",
     "table": "table",
+    "merge": "merge",
+    "plot": "plot",
     "pack": "pack",
     "unpack": "unpack",
     "compiled-cpu": "compiled_cpu",

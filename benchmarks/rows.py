@@ -117,3 +117,12 @@ def bytes_moved(row: Row, heads: Heads = HEADS) -> int:
     states = {"prefill": 1, "train": 0}.get(row.name, 1 + row.writes)
     passes = 3 if row.name == "train" else 1
     return row.N * (row.T * token * passes + states * HV * V * K * row.state_dtype.itemsize)
+
+
+def operations(row: Row, heads: Heads = HEADS) -> int:
+    """Floating-point operations of the token-by-token form: the least that computes the row.
+
+    ``S k``, ``S q`` and ``u k^T`` for each token and value head; a training step has six products
+    of that size more, and computes no state again.
+    """
+    return (18 if row.name == "train" else 6) * heads.K * heads.V * heads.HV * row.N * row.T
