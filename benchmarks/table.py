@@ -6,12 +6,13 @@ where a page differs from what ``--write`` would make of it.
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.report import number
-from benchmarks.rows import ONE_STEP, ROWS, parse
+from benchmarks.rows import MODELS, ONE_STEP, ROWS, parse
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -34,8 +35,17 @@ HEADLINE = {
 }
 
 
+# What the rows on a CPU are called.
+CPU_ROWS = {
+    "prefill": "prefill",
+    "train": "training",
+    "decode_": "decode in place",
+    "decode": "decode, new states",
+}
+
+
 def newest(kind: str) -> tuple[Path, dict] | None:
-    """The newest numbers of a ``gpu``, as their own date says; of two, an H200's."""
+    """The newest numbers of a ``gpu`` or ``cpu``, as their own date says; of two, an H200's."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
@@ -55,18 +65,29 @@ def cell(entry: dict | None) -> str:
     return number(entry["us"]) if "us" in entry else "-"
 
 
-def about(path: Path, content: dict) -> str:
-    """One sentence on the machine and the run."""
-    machine, ceilings = content["machine"], content["ceilings"]
+def every_number(path: Path) -> str:
+    return f"Every number: [{path.name}]({path.relative_to(ROOT)})."
+
+
+def machine_of(content: dict) -> str:
+    """The GPU, the versions, the date and the commit."""
+    machine = content["machine"]
     facts = [f"torch {machine['torch']}", f"Triton {machine['triton']}", content["date"][:10]]
     if content.get("commit"):
         facts.append(f"commit {content['commit']}")
+    return f"**On one {machine['gpu']}** ({', '.join(facts)})"
+
+
+def about(path: Path, content: dict) -> str:
+    """One sentence on the machine and the run."""
+    ceilings, runs = content["ceilings"], len(content.get("runs", ()))
+    where = f"In the last of {runs} runs" if runs > 1 else "In the same run"
     return (
-        f"**On one {machine['gpu']}** ({', '.join(facts)}), 16 key heads, 32 value heads, `K = V ="
-        f" 128`, bfloat16 inputs, CUDA graphs, medians in microseconds. In the same run an "
+        f"{machine_of(content)}, 16 key heads, 32 value heads, `K = V ="
+        f" 128`, bfloat16 inputs, CUDA graphs, medians in microseconds. {where} an "
         f"elementwise copy moved {ceilings['copy TB/s']:.2f} TB/s and a bfloat16 8192^3 product ran"
         f" at {ceilings['mm TFLOP/s']:.0f} TFLOP/s; the floor is the least traffic at that copy's"
-        f" bandwidth. Every number: [{path.name}]({path.relative_to(ROOT)})."
+        f" bandwidth. {every_number(path)}"
     )
 
 
@@ -109,7 +130,7 @@ def gpu_all() -> str | None:
     if found is None:
         return None
     path, content = found
-    known = {str(row): str(row) for row in ROWS}
+    known = {str(row): str(row) for row in ROWS if row.name not in MODELS}
     reasons: dict[tuple[str, str], list[str]] = {}
     for row, result in by_row(content).items():
         others = {"ours": result} | result.get("peers", {})
@@ -122,25 +143,109 @@ def gpu_all() -> str | None:
     ]
     steps = ", ".join(f"`{name}`" for name in ONE_STEP)
     notes = f"In {steps} the peers have the gates and the norm inside, as our second column has."
-    text = about(path, content).replace("](benchmarks/", "](")
-    parts = [text, gpu_table(known, content), notes]
+    parts = [about(path, content), gpu_table(known, content), notes]
     if missing:
         parts.append("Not measured:\n\n" + "\n".join(missing))
     return "\n\n".join(parts)
 
 
-BLOCKS: dict[str, Callable[[], str | None]] = {"gpu": gpu, "gpu-all": gpu_all}
-PAGES = ("README.md", "benchmarks/README.md")
+def called(entry: dict | None) -> str:
+    """Microseconds as called from Python, and on the GPU alone in brackets."""
+    text = cell(entry)
+    return f"{text} ({number(entry['gpu_us'])})" if entry and "gpu_us" in entry else text
 
 
-def rewritten(text: str) -> str:
+def gpu_models() -> str | None:
+    """Rows of a layer and of a model, of the newest run that has them."""
+    found = newest("gpu")
+    rows = by_row(found[1]) if found else {}
+    results = {row: r for row, r in rows.items() if parse(row).name in MODELS and "us" in r}
+    if found is None or not results:
+        return None
+    path, content = found
+    peers = list(dict.fromkeys(name for r in results.values() for name in r["peers"]))
+    lines = [
+        [
+            row.removesuffix(" fp32"),
+            called(result),
+            called(result.get("eager")),
+            number(result.get("floor_us")),
+            *(called(result["peers"].get(name)) for name in peers),
+        ]
+        for row, result in results.items()
+    ]
+    text = (
+        f"{machine_of(content)}, microseconds as called from Python, in brackets on the GPU alone, "
+        f"from a cold cache. The floor is each weight and state at the copy's bandwidth, or the "
+        f"products at that of the large one. {every_number(path)}"
+    )
+    return f"{text}\n\n{grid(['', 'ours, compiled', 'ours, eager', 'floor', *peers], lines)}"
+
+
+def cpu_cells(result: dict) -> list[str]:
+    """A row on a CPU: milliseconds, and how many floors that is."""
+    shape = ", ".join(map(str, result["shape"].values()))
+    sides = [
+        f"{number(1e3 * result['median_seconds'][side])} ({result['floors'][side]:.1f})"
+        for side in ("ours", "ours_compiled", "theirs", "theirs_compiled")
+    ]
+    peak = " / ".join(f"{result['peak_bytes'][side] / 2**20:.0f}" for side in result["peak_bytes"])
+    floor = number(1e3 * result["floor_seconds"])
+    return [f"{CPU_ROWS[result['row']]} ({shape})", floor, *sides, peak]
+
+
+def cpu_verdict(results: list[dict]) -> str:
+    """How many of our times are within the aim of floors, and the other aims that are missed."""
+    verdicts = [
+        (f"{cpu_cells(result)[0]}: {rule}", "floors" in rule, met)
+        for result in results
+        for rule, met in result["targets"].items()
+    ]
+    floors = [met for _, about_floors, met in verdicts if about_floors]
+    missed = [text for text, about_floors, met in verdicts if not about_floors and not met]
+    text = f"At most 3 floors are the aim: {sum(floors)} of {len(floors)} of our times reach it."
+    return f"{text} Another aim that is missed: {'; '.join(missed)}." if missed else text
+
+
+def cpu() -> str | None:
+    """Every row on a CPU."""
+    found = newest("cpu")
+    if found is None:
+        return None
+    path, content = found
+    machine = content["machine"]
+    text = (
+        f"**On a CPU** ({machine['cpu']}, threads: {machine['threads']}, torch "
+        f"{machine['torch'].split('+')[0]}, transformers {machine['transformers']}, float32, "
+        f"{content['date'][:10]}, `{content['command']}`), milliseconds, in brackets multiples of "
+        f"the floor; peak memory is ours / theirs. {every_number(path)}"
+    )
+    headers = ["`(B, T, H, HV, K, V)`", "floor", "ours", "ours, compiled"]
+    headers += ["theirs", "theirs, compiled", "peak, MiB"]
+    table = grid(headers, [cpu_cells(result) for result in content["rows"]])
+    return f"{text}\n\n{table}\n\n{cpu_verdict(content['rows'])}"
+
+
+BLOCKS: dict[str, Callable[[], str | None]] = {
+    "gpu": gpu,
+    "gpu-all": gpu_all,
+    "gpu-models": gpu_models,
+    "cpu": cpu,
+}
+PAGES = ("README.md", "benchmarks/README.md", "docs/performance-cpu.md")
+
+
+def rewritten(page: str, text: str) -> str:
     """A page with its blocks as the numbers say; a block without numbers stays as it is."""
+    # Links in blocks start at the root of the repository.
+    here = os.path.relpath("benchmarks", Path(page).parent)
+    link = "](" if here == "." else f"]({here}/"
     for name, make in BLOCKS.items():
         start, end = f"<!-- measured {name} -->", f"<!-- end of {name} -->"
         content = make() if start in text else None
         if content is not None:
             pattern = re.escape(start) + ".*?" + re.escape(end)
-            block = f"{start}\n{content}\n{end}"
+            block = f"{start}\n{content}\n{end}".replace("](benchmarks/", link)
             text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
     return text
 
@@ -148,7 +253,7 @@ def rewritten(text: str) -> str:
 def stale() -> list[str]:
     """Pages that differ from the numbers."""
     texts = {page: (ROOT / page).read_text() for page in PAGES}
-    return [page for page, text in texts.items() if rewritten(text) != text]
+    return [page for page, text in texts.items() if rewritten(page, text) != text]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -159,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.write:
         for page in stale():
-            (ROOT / page).write_text(rewritten((ROOT / page).read_text()))
+            (ROOT / page).write_text(rewritten(page, (ROOT / page).read_text()))
             print(page)
     elif args.check:
         if stale():

@@ -324,4 +324,13 @@ def test_a_page_with_another_number_is_out_of_date():
     us = report.number(table.by_row(content)["decode 1x64 fp32"]["us"])
     wrong = text.replace(f"| {us} |", "| 1.0 |")
     assert wrong != text
-    assert table.rewritten(wrong) == text
+    assert table.rewritten("README.md", wrong) == text
+
+
+def test_a_number_on_a_cpu_that_is_changed_is_out_of_date():
+    text = (table.ROOT / "README.md").read_text()
+    _, content = table.newest("cpu")
+    us = table.cpu_cells(content["rows"][0])[2]
+    wrong = text.replace(f"| {us} |", "| 1.0 (0.1) |")
+    assert wrong != text
+    assert table.rewritten("README.md", wrong) == text
