@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from benchmarks import ours
 from benchmarks.contender import Call, NotServed
@@ -192,6 +193,7 @@ class Comparison:
         if side == TRANSFORMERS + COMPILED and self.row.T > 1 and unrolled > MOST_UNROLLED_LAYERS:
             raise NotServed("its loop over chunks is unrolled in each layer: too long to compile")
         rounding = self.rounding
+        counters.clear()
         with functions_of(side, subject):
             runner = Runner(side, self.row, subject, self.tokens)
             found = errors(runner.results(), self.exact)
@@ -204,10 +206,7 @@ class Comparison:
 
     def time(self, side: str, calls: list[Call]) -> dict:
         """Times, the least bytes and operations, and how many graphs were no CUDA graphs."""
-        from torch._dynamo.utils import counters
-
         runner = self.runners.pop(side)
-        counters.clear()
         try:
             with functions_of(side, self.subject):
                 result = as_called(calls[0], runner.prepare)

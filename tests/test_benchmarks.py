@@ -253,6 +253,23 @@ def run(date="2026-11-24T10:00", rows=("decode 1x1 fp32",), us=2.0, **facts):
     }
 
 
+def test_our_eager_layer_is_no_peer(tmp_path, monkeypatch):
+    compiled = {"us": 90.0, "gpu_us": 40.0, "bytes": 80e6, "flops": 8e7}
+    found = {"gdn_ops": compiled, "gdn_ops eager": {"us": 60.0, "gpu_us": 50.0}}
+    found |= {"HF": {"us": 300.0, "gpu_us": 250.0}, "HF compiled": {"reason": "not served"}}
+    content = run()
+    result = report.row_result("layer 1x1 fp32", found, content["ceilings"], {})
+    assert result["floor_us"] == 20.0
+    assert report.best_peer(result) == ("HF", 300.0)
+    assert "eager 60.0; HF 300; HF compiled not served; 3.33 times as fast" in report.line(result)
+    content["rows"].append(result)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    line = "| layer 1x1 | 90.0 (40.0) | 60.0 (50.0) | 20.0 | 300 (250) | - |"
+    assert line in table.gpu_models().splitlines()
+
+
 def test_of_a_row_that_was_measured_twice_the_later_is_kept():
     early, late = (
         run(us=2.0, rows=("prefill 512x1 fp32", "decode 1x1 fp32")),
