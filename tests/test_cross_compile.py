@@ -132,7 +132,7 @@ CALLS = {
     "decode KDA": lambda: decode(FP32, is_kda=True),
     "decode K=256": lambda: decode(BF16, 256),
     "verify": lambda: verify(BF16),
-    "verify once fp32": lambda: verify_once(FP32, 4),
+    "verify once fp32": lambda: verify_once(FP32, 8),
     "verify once bf16": lambda: verify_once(BF16, 8),
     "verify once packed": lambda: verify_once(BF16, 4, is_packed=True),
     "packed": lambda: packed(FP32),

@@ -51,7 +51,8 @@ def test_a_compiled_step_leaves_the_same_state_as_an_eager_one(state_dtype, T):
     torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
 
 
-@pytest.mark.parametrize("T", [2, 4, 8, 16])
+# Each combination compiles for 4 to 15 seconds.
+@pytest.mark.parametrize("T", [4, 8])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_both_kernels_of_verify_are_as_accurate_as_the_plain_loop(
