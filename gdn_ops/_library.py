@@ -90,18 +90,27 @@ def _with_kernels(
         found = match(args, keywords)
         if found is None:
             plan, found = plans.find(args, keywords)
-        if plan is None and not is_served(args, keywords, _load(module)):
-            return reference(*args, **keywords)
+        if plan is None:
+            # A shortcut may have come here above autograd (past_autograd).
+            with torch._C._AutoDispatchBelowAutograd():
+                result, plan = first(args, keywords)
+            if plan is not None:
+                plans.add(args, keywords, plan)
+            return result
         if check_data is not None and debug():
             check_data(*args, **keywords)
-        if plan is not None:
-            return plan(*found)
+        return plan(*found)
+
+    def first(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
+        """The result, and the plan for the calls that follow."""
+        if not is_served(args, keywords, _load(module)):
+            return reference(*args, **keywords), None
+        if check_data is not None and debug():
+            check_data(*args, **keywords)
         call = functools.partial(getattr(_load(module), function), *args, **keywords)
         with _current_device(args[0].device):
-            result, plan = _load("record").record(call, args)
-        if plan is not None:
-            plans.add(args, keywords, plan)
-        return result
+            recorded: tuple[Any, Any] = _load("record").record(call, args)
+        return recorded
 
     return on_gpu
 
@@ -173,6 +182,35 @@ def register_gradient(
     torch.library.register_autograd(
         f"gdn::{name}", backward, setup_context=setup_context, lib=_LIBRARY
     )
+    if name in KERNELS:
+        shortcut = past_autograd(f"gdn::{name}", KERNELS[name], "CUDA")
+        _LIBRARY.impl(name, shortcut, "AutogradCUDA", with_keyset=True)
+
+
+def past_autograd(name: str, kernel: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """``kernel`` where no gradient is asked for, else what ``register_autograd`` registered.
+
+    That makes a context and calls the dispatcher again, 4 us where nothing requires a gradient
+    (torch 2.13, CPU). Where anything but the backend waits below autograd, as a fake tensor, a
+    dispatch mode or a transform of torch.func, the dispatcher goes on.
+
+    Args:
+        name: Of the operator, with its namespace.
+        kernel: Its implementation for the backend.
+        backend: ``"CUDA"``.
+    """
+    differentiable = torch.library.get_kernel(name, f"Autograd{backend}")
+    below = torch._C._after_autograd_keyset.raw_repr()
+    alone = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, backend)).raw_repr()
+    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+
+    def at_autograd(keyset: Any, *args: Any, **keywords: Any) -> Any:
+        is_asked = is_grad_enabled() and any_requires_grad(*args)
+        if is_asked or keyset.raw_repr() & below != alone:
+            return differentiable.call_boxed(keyset, *args, **keywords)
+        return kernel(*args, **keywords)
+
+    return at_autograd
 
 
 def refuse_gradient(op: str, use: str, *tensors: torch.Tensor | None) -> None:

@@ -38,12 +38,18 @@ class Plans:
 
     def find(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
         """The plan for such a call, with what it takes; None for one that is new."""
-        found = self._plans.get(call_key(args, keywords))
+        key = call_key(args, keywords)
+        found = self._plans.get(key)
         if found is None:
             return None, None
-        self.recent = found
         tensors = [x for x in args if x is not None]
-        return found[1], (tensors, [x.data_ptr() for x in tensors])
+        pointers = [x.data_ptr() for x in tensors]
+        match, plan = found
+        # Guards of torch also compare what a thread has set, as inference mode.
+        if match is not match_nothing and match(args, keywords) is None:
+            found = self._plans[key] = (matcher(args, keywords), plan)
+        self.recent = found
+        return plan, (tensors, pointers)
 
     def add(self, args: tuple[Any, ...], keywords: dict[str, Any], plan: Any) -> None:
         """Remember the plan of a call."""
