@@ -2,7 +2,7 @@
 
     python -m benchmarks [cpu] ...       the operators on a CPU, against transformers' functions
     python -m benchmarks gpu ...         every row on one GPU, side by side with its peers
-    python -m benchmarks table           the measured tables of README.md and benchmarks/README.md
+    python -m benchmarks table           the measured tables of the pages
     python -m benchmarks merge ...       the rows of several runs on a GPU in one file
     python -m benchmarks plot FILE       a roofline and the peers' ratios, from a run on a GPU
     python -m benchmarks pack DIR        the peers, to carry to a GPU machine without network
