@@ -53,7 +53,9 @@ class RecurrentTiles(NamedTuple):
 
 
 @functools.cache
-def recurrent_tiles(K: int, V: int, state_bytes: int, heads: int | None) -> RecurrentTiles:
+def recurrent_tiles(
+    K: int, V: int, state_bytes: int, heads: int | None, is_generated: bool = False
+) -> RecurrentTiles:
     """Small tiles, one warp, many programs: 16 bytes a lane.
 
     Rows of 128 numbers on an H200 (Triton 3.6, 2026-11-24, us for 1, 16, 64, 256 and 1024 rows of
@@ -61,11 +63,16 @@ def recurrent_tiles(K: int, V: int, state_bytes: int, heads: int | None) -> Recu
 
         float32    4 rows, past the caches      3.1   19.5   73     277   1091
                    8 rows                       4.0   20.3   72.7   272   1067
+                   8 rows, stride compiled in   3.9   20.5   73     270   1064
                    16 rows                      4.2   20.6   71.8   269   1061
+                   16 rows, stride compiled in  5.6   22     78     284   1094
         bfloat16   4 rows, past the caches      2.7   12.7   45     167    669
                    8 rows, past the caches      3.1   11.0   38.2   146    593
                    16 rows, stride compiled in  3.2   12.6   40     143    553 to 581
                    16 rows                      4.0   12.6   44     157    605 to 623
+
+    They depend on whether ptxas puts the loads of a state before its arithmetic: with the offset of
+    a row added in a statement of its own it does not, and the last but one line is 170 and 655.
 
     Args:
         K: Key size.
@@ -73,6 +80,7 @@ def recurrent_tiles(K: int, V: int, state_bytes: int, heads: int | None) -> Recu
         state_bytes: Bytes of a number of the state.
         heads: States in the call. None: one tile for all, where a state is written for each token
             or the bits of a token are to depend on nothing but its inputs.
+        is_generated: All strides are compiled in.
     """
     width = next_power_of_2(K)
     rows = 4096 // state_bytes // width if state_bytes < 8 else 512 // width
@@ -80,7 +88,10 @@ def recurrent_tiles(K: int, V: int, state_bytes: int, heads: int | None) -> Recu
     if heads is not None and state_bytes <= 4:
         megabytes = heads * V * width * state_bytes / 2**20
         stream = megabytes <= (48 if state_bytes == 4 else 100)
-        rows = 16 if not stream else 8 if state_bytes == 2 and megabytes > 4 else 4
+        if stream:
+            rows = 8 if state_bytes == 2 and megabytes > 4 else 4
+        else:
+            rows = 8 if state_bytes == 4 and is_generated else 16
         rows = rows * 128 // width
         has_row = state_bytes == 2 and not stream
     return RecurrentTiles(min(max(1, rows), next_power_of_2(V)), 1, stream, has_row)

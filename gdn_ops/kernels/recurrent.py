@@ -176,11 +176,12 @@ def recurrent_kernel(
     b_s = tl.zeros([BV, BK], tl.float32)
     if HAS_STATE:
         p_s = state + i_read * stride_state_n + i_hv * stride_state_h
-        p_s += o_v[:, None] * (ROW if ROW else stride_state_v) + o_k[None, :] * stride_state_k
+        step = ROW if ROW else stride_state_v
+        p_s += o_v[:, None] * step + o_k[None, :] * stride_state_k
         b_s = tl.load(p_s, m_s & is_live, 0.0).to(tl.float32)
     p_f = final_state + i_hv * stride_final_state_h
-    p_f += o_v[:, None] * (ROW if ROW else stride_final_state_v)
-    p_f += o_k[None, :] * stride_final_state_k
+    step = ROW if ROW else stride_final_state_v
+    p_f += o_v[:, None] * step + o_k[None, :] * stride_final_state_k
 
     p_q = q + i_b * stride_q_b + i_h * stride_q_h + o_k * stride_q_k
     p_k = k + i_b * stride_k_b + i_h * stride_k_h + o_k * stride_k_k
