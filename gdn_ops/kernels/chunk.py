@@ -47,9 +47,12 @@ class Tiles(NamedTuple):
 # sm_80 and gfx942 (cross-compiled, Triton 3.6.0 and 3.7.1, 2026-11-24). float32 is multiplied
 # without tensor cores: its tiles are those that spill least. Where there are more
 # heads than multiprocessors, eight warps that own 128 rows read tokens once: 4 sequences of 8192
-# tokens take 287 us with them and 350 with two programs of four warps (H200, 2026-11-24).
-def pick(K: int, V: int, dtype: torch.dtype, heads: int, gpu: Gpu) -> Tiles:
-    """Tiles for ``heads`` states of ``[V, K]``."""
+# tokens take 287 us with them and 350 with two programs of four warps (H200, 2026-11-24; through
+# pointers not measured).
+def pick(
+    K: int, V: int, dtype: torch.dtype, heads: int, gpu: Gpu, use_descriptors: bool = False
+) -> Tiles:
+    """Tiles for ``heads`` states of ``[V, K]``; whether tokens come and go by descriptors."""
     BK = max(16, next_power_of_2(K))
     BV = min(SCAN_BV.get(gpu.arch, 64), max(16, next_power_of_2(V)))
     if dtype == torch.float32:
@@ -63,7 +66,7 @@ def pick(K: int, V: int, dtype: torch.dtype, heads: int, gpu: Gpu) -> Tiles:
     # A program that has a multiprocessor for itself has its memory too.
     if heads * cdiv(V, BV) <= gpu.multiprocessors:
         return Tiles(64, BK, BV, 4, 3)
-    if gpu.arch == "sm_90" and BK >= 64 and V > 64:
+    if use_descriptors and gpu.arch == "sm_90" and BK >= 64 and V > 64:
         return Tiles(64, BK, 128, 8, 3)
     return Tiles(64, BK, BV, 4, 2)
 
@@ -194,11 +197,11 @@ def _launch(
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0]  # packed: one more, the tokens of none
     gpu = _gpu_at(q.device.index)
-    tiles = pick(K, V, q.dtype, N * HV, gpu)
-    G, inverse, weights = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     # Descriptors are of use where tensor cores read what they load.
     use_descriptors = gpu.has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
+    tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
+    G, inverse, weights = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if use_descriptors:
         triton.set_allocator(new_scratch)
     launch(
