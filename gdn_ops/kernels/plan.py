@@ -163,12 +163,15 @@ def scratch_size(binary: Any, programs: int) -> int:
 def takes_scratch(binary: Any) -> bool:
     """Whether a launch calls the C function that ``JITFunction.run`` calls in the end.
 
-    In Triton 3.6 there is a Python class around it, which allocates scratch and takes 1 us of a
-    launch's 2.3. Triton 3.7 has another function.
+    There is a Python class around it, which allocates scratch and takes 1 us of a launch's 2.3.
+    Its arguments are those of Triton 3.6 and 3.7; another version is launched by the class.
     """
     is_profiled = getattr(binary.metadata, "profile_scratch_size", 0)
-    is_nvidia = torch.version.hip is None
-    return triton.__version__.startswith("3.6.") and is_nvidia and not is_profiled
+    return _version() in _DIRECT and torch.version.hip is None and not is_profiled
+
+
+def _version() -> str:
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 def make_step(x: Launch | Call, places: dict[int, int]) -> Step:
@@ -179,10 +182,10 @@ def make_step(x: Launch | Call, places: dict[int, int]) -> Step:
         return _call_step(x._replace(places=moved, result=result))
     moved_places = tuple([places[i] for i in x.places])
     x = x._replace(scratch=places[x.scratch], places=moved_places)
-    return _direct_launch_step(x) if takes_scratch(x.binary) else _launch_step(x)
+    return (_DIRECT[_version()] if takes_scratch(x.binary) else _launch_step)(x)
 
 
-def _direct_launch_step(launch: Launch) -> Step:
+def _launch_step_3_6(launch: Launch) -> Step:
     binary, programs, scratch, places, others = launch
     start, function, packed_metadata = binary.run.launch, binary.function, binary.packed_metadata
     modes = (binary.run.launch_cooperative_grid, binary.run.launch_pdl)
@@ -191,22 +194,30 @@ def _direct_launch_step(launch: Launch) -> Step:
     def step(values: list[Any], addresses: list[Any], stream: int, is_watched: bool) -> None:
         args = tensors(addresses)
         hooks = _hooks(launch, stream, args) if is_watched else _NO_HOOKS
-        start(
-            programs,
-            1,
-            1,
-            stream,
-            function,
-            *modes,
-            addresses[scratch],
-            None,
-            packed_metadata,
-            *hooks,
-            *args,
-            *others,
-        )
+        memory = (addresses[scratch], None, packed_metadata)
+        start(programs, 1, 1, stream, function, *modes, *memory, *hooks, *args, *others)
 
     return step
+
+
+def _launch_step_3_7(launch: Launch) -> Step:
+    binary, programs, scratch, places, others = launch
+    run, start, function = binary.run, binary.run.launch, binary.function
+    modes = (run.launch_cooperative_grid, run.launch_pdl, binary.packed_metadata)
+    kinds = (run.arg_annotations, run.kernel_signature)
+    tensors = _items(places)
+
+    def step(values: list[Any], addresses: list[Any], stream: int, is_watched: bool) -> None:
+        args = tensors(addresses)
+        hooks = _hooks(launch, stream, args) if is_watched else _NO_HOOKS
+        memory = (addresses[scratch], None)
+        start(programs, 1, 1, stream, function, *modes, *hooks, *memory, *kinds, (*args, *others))
+
+    return step
+
+
+# By version of Triton. Each passes what its CudaLauncher passes (tests/test_launch.py).
+_DIRECT = {"3.6": _launch_step_3_6, "3.7": _launch_step_3_7}
 
 
 def _launch_step(launch: Launch) -> Step:
