@@ -44,6 +44,7 @@ class Allocation(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes from its first element to its last."""
         if 0 in self.size:
             return 0
         last = sum((n - 1) * stride for n, stride in zip(self.size, self.stride, strict=True))
