@@ -217,13 +217,8 @@ def scan_kernel(
             b_q = tl.load(p_q + o_row * stride_q_t + o_k[None, :] * stride_q_k, m_k, 0.0)
         b_Sd = b_S.to(DOT)
         b_x = tl.dot(b_Sd, tl.trans(b_k).to(DOT), input_precision=PRECISION)
-        if USE_DESCRIPTOR_STORE:
-            b_out = tl.trans((b_o * b_rise[None, :] + b_p) * scale)
-        b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION)
-        if USE_DESCRIPTOR_STORE:
-            # Before the first chunk nothing is stored: past the end.
-            i_before = tl.where(i_t > 0, i_t - BT, places)
-            d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
+        if not USE_DESCRIPTOR_STORE:
+            b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION)
         if USE_DESCRIPTORS:
             b_decay = d_decays.load([i_row * (HV * ROWS)])
             if USE_QK_L2NORM:
@@ -243,6 +238,11 @@ def scan_kernel(
             b_weights = tl.load(p_weights + o_pair, m_t[:, None], 0.0)
         b_decay = b_decay.to(tl.float32)
         if USE_DESCRIPTOR_STORE:
+            b_out = tl.trans((b_o * b_rise[None, :] + b_p) * scale)
+            b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION)
+            # Before the first chunk nothing is stored: past the end.
+            i_before = tl.where(i_t > 0, i_t - BT, places)
+            d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
             b_rise = b_decay
         else:
             b_o *= b_decay[None, :]
