@@ -154,7 +154,7 @@ def _verify_inputs(T):
 
 
 def test_a_few_tokens_with_one_write_are_a_template_of_their_own_with_its_epilogue():
-    (module,) = generate(verify, _verify_inputs(4))
+    (module,) = generate(verify, _verify_inputs(8))
     (kernel,) = _templates(module)
     assert [launch.kernel.kind for launch in module.launches] == ["template"]
     assert "# gdn_recurrent_verify:" in module.code
@@ -164,7 +164,7 @@ def test_a_few_tokens_with_one_write_are_a_template_of_their_own_with_its_epilog
 
 
 def test_a_number_of_tokens_that_is_not_known_goes_token_by_token():
-    inputs = _verify_inputs(4)
+    inputs = _verify_inputs(8)
     for x in (*inputs[:5], inputs[-1]):
         torch._dynamo.mark_dynamic(x, 1)
     (module,) = generate(verify, inputs)

@@ -76,7 +76,7 @@ def test_a_lowered_step_updates_the_pool_as_the_plain_loop_does(state_dtype, dty
 def test_a_few_lowered_tokens_update_the_pool_as_the_plain_loop_does(lengths):
     tokens = _tokens(3, 4, torch.bfloat16) if lengths is None else _tokens(1, 12, torch.bfloat16)
     bounds = None if lengths is None else cu_seqlens(lengths)
-    args = (*tokens, make_state(4, HV, V, K), indices([3, -1, 0]), None, bounds)
+    args = (*tokens, make_state(4, HV, V, K, torch.bfloat16), indices([3, -1, 0]), None, bounds)
 
     def layer(*args):
         return gdn_ops.recurrent_(*args) * 2
