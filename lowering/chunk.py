@@ -9,7 +9,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from gdn_ops.kernels import chunk as kernels
 from gdn_ops.kernels import chunk_prepare, chunk_scan
-from gdn_ops.kernels.configs import gpu_at
+from gdn_ops.kernels.configs import Gpu, gpu_at
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
@@ -120,15 +120,7 @@ def _call(
             "weights": weights,
         },
         _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
-        [
-            Config.of(
-                kernels.prepare_warps(dtype, gpu),
-                1,
-                BT=tiles.BT,
-                BK=tiles.BK,
-                BN=kernels.PREPARE_BN,
-            )
-        ],
+        [prepare_config(dtype, gpu, tiles.BT, tiles.BK)],
         mutated=["G", "weights"],
         call_sizes=[places, HV],
         generators=generators,
@@ -166,6 +158,13 @@ def _call(
         **flags,
         **operands,
     )
+
+
+def prepare_config(dtype: torch.dtype, gpu: Gpu, BT: int, BK: int) -> Config:
+    """What the launcher of ``prepare_kernel`` chooses."""
+    num_warps, by_product = kernels.prepare_choice(dtype, gpu)
+    sizes = {"BT": BT, "BK": BK, "BN": kernels.PREPARE_BN}
+    return Config.of(num_warps, 1, **sizes, NORMS_BY_PRODUCT=by_product)
 
 
 def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype) -> list[Config]:

@@ -17,7 +17,7 @@ from gdn_ops.kernels.configs import gpu_at
 
 from . import _inductor
 from ._inductor import IRNode
-from .chunk import PREPARE, _fits_descriptor, prepare_grid, supports
+from .chunk import PREPARE, _fits_descriptor, prepare_config, prepare_grid, supports
 from .template import Config, KernelTemplate
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -140,11 +140,10 @@ class _Call:
         rows = chunk_kernels.rows_of_decays(self.use_qk_l2norm, is_scaled=False)
         G = self.new(self.places, self.HV, rows, BT, dtype=wide)
         gpu = gpu_at(_inductor.device(self.q).index or 0)
-        warps = chunk_kernels.prepare_warps(self.q.get_dtype(), gpu)
         inverse = PREPARE.call(
             self.named("q", "k", "g", "beta", "cu_seqlens", G=G),
             self.token_layout(self.q, self.HV, BT),
-            [Config.of(warps, 1, BT=BT, BK=self.tiles.BK, BN=chunk_kernels.PREPARE_BN)],
+            [prepare_config(self.q.get_dtype(), gpu, BT, self.tiles.BK)],
             mutated=["G"],
             call_sizes=[self.places, self.HV],
             HAS_G=self.inputs["g"] is not None,

@@ -161,7 +161,10 @@ CALLS = {
     "convolve gradient packed": lambda: convolve_gradient(is_packed=True),
 }
 # Compiled for every architecture; sm_89 has the code of sm_80, and less shared memory.
-EVERYWHERE = ("decode fp32", "verify", "prefill", "gradient", "convolve", "convolve token")
+EVERYWHERE = (
+    *("decode fp32", "verify", "prefill", "prefill of one", "gradient"),
+    *("convolve", "convolve token"),
+)
 ARCHS = ("sm_90", "sm_80", "sm_100", "gfx942")
 # For these also what max_autotune would time.
 TIMED = ("decode fp32", "decode bf16", "prefill", "convolve")

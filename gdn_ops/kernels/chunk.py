@@ -63,8 +63,8 @@ def pick(
         BV = 16
     if BK > 128:
         return Tiles(64, BK, BV, 4 if gpu.arch.startswith("gfx") else 8, 1)
-    # A program that has a multiprocessor for itself has its memory too.
-    if heads * cdiv(V, BV) <= gpu.multiprocessors:
+    # A program that has a multiprocessor for itself has its memory too, since sm_90 enough.
+    if heads * cdiv(V, BV) <= gpu.multiprocessors and gpu.has_descriptors:
         return Tiles(64, BK, BV, 4, 3)
     if use_descriptors and gpu.arch == "sm_90" and BK >= 64 and V > 64:
         return Tiles(64, BK, 128, 8, 3)
@@ -75,14 +75,25 @@ def pick(
 PREPARE_BN = 128
 
 
-def prepare_warps(dtype: torch.dtype, gpu: Gpu) -> int:
-    """Warps of ``prepare_kernel``.
+class PrepareChoice(NamedTuple):
+    """How ``prepare_kernel`` is launched."""
 
-    Four have 16 rows each, so that all merges of the inverse but two stay inside a warp: a program
-    takes 3600 instructions and 50 barriers of each. Without tensor cores the products of keys
-    spill, with eight warps least (sm_90, cross-compiled, 2026-11-24).
+    num_warps: int
+    NORMS_BY_PRODUCT: bool
+
+
+def prepare_choice(dtype: torch.dtype, gpu: Gpu) -> PrepareChoice:
+    """Warps of ``prepare_kernel``, and whether tensor cores square what it normalises.
+
+    Four warps have 16 rows each, so that all merges of the inverse but two stay inside a warp: a
+    program takes 2400 instructions and 50 barriers of each. Without tensor cores the products of
+    keys spill, with eight warps least. Squares by warp groups save 400 of 2800 instructions and 34
+    spills; before them, on sm_80, they would spill (cross-compiled, 2026-11-24).
     """
-    return 8 if dtype == torch.float32 else PREPARE_WARPS.get(gpu.arch, 4)
+    if dtype == torch.float32:
+        return PrepareChoice(8, False)
+    by_product = not gpu.arch.startswith(("sm_8", "gfx"))
+    return PrepareChoice(PREPARE_WARPS.get(gpu.arch, 4), by_product)
 
 
 _gpu_at = functools.cache(gpu_at)
@@ -134,6 +145,7 @@ def prepare(
     )
     inverse = torch.empty((B, T, HV, tiles.BT), dtype=k.dtype, device=k.device)
     weights = torch.empty_like(inverse) if is_scaled else None
+    choice = prepare_choice(k.dtype, _gpu_at(k.device.index))
     launch(
         prepare_kernel,
         places * HV,
@@ -169,7 +181,8 @@ def prepare(
         BT=tiles.BT,
         BK=tiles.BK,
         BN=PREPARE_BN,
-        num_warps=prepare_warps(k.dtype, _gpu_at(k.device.index)),
+        NORMS_BY_PRODUCT=choice.NORMS_BY_PRODUCT,
+        num_warps=choice.num_warps,
         num_stages=1,
     )
     return G, inverse, weights
@@ -202,6 +215,8 @@ def _launch(
     tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
     G, inverse, weights = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    # Its tile is the shared memory that a second program would lack, and elsewhere it spills.
+    stores_late = gpu.arch == "sm_90" and tiles.num_stages > 2
     if use_descriptors:
         triton.set_allocator(new_scratch)
     launch(
@@ -249,8 +264,7 @@ def _launch(
         IS_VARLEN=cu_seqlens is not None,
         USE_QK_L2NORM=use_qk_l2norm,
         USE_DESCRIPTORS=use_descriptors,
-        # Its tile is the shared memory that a second program would lack.
-        USE_DESCRIPTOR_STORE=use_descriptors and tiles.num_stages > 2 and _fits_descriptor(o),
+        USE_DESCRIPTOR_STORE=stores_late and use_descriptors and _fits_descriptor(o),
         INDEX=tl.int32 if o.numel() < 2**31 else tl.int64,
         DOT=_DOT[q.dtype],
         PRECISION=PRECISION,

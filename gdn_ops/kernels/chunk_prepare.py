@@ -36,7 +36,7 @@ an order of magnitude more than the token loop.
 
 Tiles and flags: ``BT`` tokens of a chunk, 16, 32 or 64; ``BK >= K``; ``BN`` bounds read at once;
 ``DOT`` the dtype of the products of keys; ``PRECISION`` the ``input_precision`` of float32
-products.
+products; NORMS_BY_PRODUCT has tensor cores square what USE_QK_L2NORM normalises.
 """
 
 import triton
@@ -87,6 +87,18 @@ def find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT: tl.constexpr, BN: tl
 def decay_between(b_G_to, b_G_from, m_valid):
     """``2 ** (b_G_to - b_G_from)``, zero outside the mask, which comes before the power."""
     return tl.exp2(tl.where(m_valid, b_G_to - b_G_from, float("-inf")).to(tl.float32))
+
+
+@triton.jit
+def inverse_norms(b_x, NORMS_BY_PRODUCT: tl.constexpr):
+    """``inverse_norm`` of rows; with NORMS_BY_PRODUCT from the diagonal of their product."""
+    if not NORMS_BY_PRODUCT:
+        b_scale = inverse_norm(b_x.to(tl.float32))
+    else:
+        o_i = tl.arange(0, b_x.shape[0])
+        b_xx = tl.where(o_i[:, None] == o_i[None, :], tl.dot(b_x, tl.trans(b_x)), 0.0)
+        b_scale = tl.rsqrt(tl.sum(b_xx, 1) + 1e-6)
+    return b_scale
 
 
 @triton.jit
@@ -214,6 +226,7 @@ def prepare_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
+    NORMS_BY_PRODUCT: tl.constexpr,
 ):
     """One chunk of one value head; the grid is ``places * HV``."""
     tl.static_assert(BK >= K and (BT == 16 or BT == 32 or BT == 64))
@@ -259,11 +272,12 @@ def prepare_kernel(
     if IS_SCALED:
         b_QK = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if USE_QK_L2NORM:
-        b_q_scale = inverse_norm(b_q.to(tl.float32))
-        b_k_scale = inverse_norm(b_k.to(tl.float32))
-        b_KK *= b_k_scale[:, None] * b_k_scale[None, :]
+        b_q_scale = inverse_norms(b_q, NORMS_BY_PRODUCT)
+        b_k_scale = inverse_norms(b_k, NORMS_BY_PRODUCT)
+        # The rows' are in b_A and b_P: here they would stay in registers for longer.
+        b_KK *= b_k_scale[None, :]
         if IS_SCALED:
-            b_QK *= b_q_scale[:, None] * b_k_scale[None, :]
+            b_QK *= b_k_scale[None, :]
     b_KK = tl.where(o_i[:, None] > o_i[None, :], b_KK, 0.0)
     m_pairs = o_i[:, None] >= o_i[None, :]
     ROWS: tl.constexpr = 3 if USE_QK_L2NORM else (2 if IS_SCALED else 1)
@@ -289,11 +303,16 @@ def prepare_kernel(
         b_G *= 1.4426950408889634
         b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs)
         b_A = b_KK * b_D
+        if USE_QK_L2NORM:
+            b_A *= b_k_scale[:, None]
         if HAS_BETA:
             b_beta, _ = tl.split(tl.reshape(b_beta_2, (BT, 2)))
             b_A *= b_beta[:, None]
         if IS_SCALED:
-            b_P = (b_QK * b_D).to(DOT)
+            b_P = b_QK * b_D
+            if USE_QK_L2NORM:
+                b_P *= b_q_scale[:, None]
+            b_P = b_P.to(DOT)
         b_X = invert_chunk(b_A, BT, DOT, PRECISION)
         if IS_SCALED:
             if HAS_BETA:
