@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
 from benchmarks.cases import Case
 from benchmarks.rows import Row
 
@@ -40,8 +42,6 @@ def tokens_of(case: Case) -> tuple:
 
 def gradients(function: Callable[..., tuple], case: Case) -> Call:
     """A training step: ``function`` of ``q k v g beta``, and the gradients of all five."""
-    import torch
-
     leaves = [x.detach().requires_grad_() for x in tokens_of(case)]
 
     def step() -> object:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.timing import Call, graph_times
+from benchmarks.contender import Call, NotServed
+from benchmarks.timing import graph_times
 
 
 class Wrong(Exception):
@@ -40,7 +41,7 @@ def reason(error: BaseException) -> str:
         return "out of memory"
     if isinstance(error, ImportError):
         return f"not installed: {text}"
-    if type(error).__name__ in ("NotServed", "Wrong"):
+    if isinstance(error, NotServed | Wrong):
         return text
     return f"{type(error).__name__}: {text}"
 

@@ -2,13 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 
+from benchmarks.contender import Call
 from benchmarks.rows import Row, bytes_moved
 
-Call = Callable[[], object]
 # Each copy of the inputs is a captured call; one token of one sequence moves 2 MB and needs most.
 MOST_COPIES = 160
 
