@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from benchmarks import ours
+from benchmarks import exact, ours
 from benchmarks.contender import Call, NotServed
 from benchmarks.entry import Entry, refuse
-from benchmarks.report import EAGER
 from benchmarks.rows import Row
 from benchmarks.timing import as_called
 
@@ -139,12 +138,6 @@ class Runner:
         return {"o": o, "state": torch.stack([layer.recurrent_states[0] for layer in layers])}
 
 
-def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Relative error of each result, in the norm over all its numbers."""
-    pairs = ((name, found[name].float(), y.float()) for name, y in exact.items())
-    return {name: ((x - y).norm() / y.norm()).item() for name, x, y in pairs}
-
-
 class Comparison:
     """All sides of a row, on the same weights and hidden states."""
 
@@ -177,7 +170,7 @@ class Comparison:
         """The errors of transformers' own functions in bfloat16."""
         with functions_of(TRANSFORMERS, self.subject):
             runner = Runner(TRANSFORMERS, self.row, self.subject, self.tokens)
-            return errors(runner.results(), self.exact)
+            return exact.errors(runner.results(), self.exact)
 
     @torch.no_grad()
     def check(self, side: str) -> dict[str, float]:
@@ -196,7 +189,7 @@ class Comparison:
         counters.clear()
         with functions_of(side, subject):
             runner = Runner(side, self.row, subject, self.tokens)
-            found = errors(runner.results(), self.exact)
+            found = exact.errors(runner.results(), self.exact)
         refuse(found, lambda name: 2 * rounding[name])
         self.runners[side] = runner
         return found
@@ -232,7 +225,7 @@ class Comparison:
 
 def sides_of(peers: tuple[str, ...]) -> list[str]:
     """Ours, then transformers without us; each eager and compiled, as far as it goes."""
-    sides = [ours.NAME, EAGER]
+    sides = [ours.NAME, ours.EAGER]
     if "hugging_face" in peers:
         sides += [TRANSFORMERS, TRANSFORMERS + COMPILED]
         sides += [WITH_FLA, WITH_FLA + COMPILED] if "fla" in peers else []

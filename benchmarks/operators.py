@@ -12,8 +12,6 @@ from benchmarks.peers import find
 from benchmarks.rows import HEADS, ONE_STEP, Heads, Row
 from benchmarks.timing import copies
 
-WITH_GATES = "gdn_ops with gates"
-
 
 def small(row: Row) -> Row:
     """A call of the same kind that float64 can follow token by token; odd lengths."""
@@ -30,7 +28,7 @@ def make_call(name: str, row: Row, case: Case) -> Call:
     """The call of a contender by its name."""
     if name == ours.NAME:
         return ours.make_call(row, case)
-    if name == WITH_GATES:
+    if name == ours.WITH_GATES:
         return ours.make_call_with_gates(row, case)
     return find(name).make_call(row, case)
 
@@ -64,10 +62,10 @@ def entries(
             cases.extend(make_case(row, heads, device) for _ in range(copies(row)))
         return [make_call(name, row, case) for case in cases]
 
-    names = [ours.NAME, *([WITH_GATES] if row.name in ONE_STEP else []), *peers]
+    names = [ours.NAME, *([ours.WITH_GATES] if row.name in ONE_STEP else []), *peers]
     return [
         Entry(
-            name if name in (ours.NAME, WITH_GATES) else find(name).NAME,
+            name if name in (ours.NAME, ours.WITH_GATES) else find(name).NAME,
             functools.partial(check, name, small(row), heads, device),
             functools.partial(calls, name),
         )

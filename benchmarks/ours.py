@@ -12,6 +12,10 @@ from benchmarks.contender import Call, gradients, tokens_of
 from benchmarks.rows import ONE_STEP, Row
 
 NAME = "gdn_ops"
+# The same with the gates, in rows of one step.
+WITH_GATES = "gdn_ops with gates"
+# The same without torch.compile, in rows of layers and models, where ours is compiled.
+EAGER = "gdn_ops eager"
 PACKAGE = "gdn-ops"
 
 

@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterator
 from benchmarks import ours
 from benchmarks.rows import HEADS, LAYOUTS, ONE_STEP, OPERATORS, bytes_moved, parse
 
-WITH_GATES = "gdn_ops with gates"
-# In the rows of layers and models, where ours is compiled.
-EAGER = "gdn_ops eager"
 # In the rows of layouts this stands where ours does, and the other one among the peers.
 V_MAJOR = "V-major"
 HEADERS = ("row", "ours", "with gates", "floor", "target", "best peer", "times as fast")
 
 
-def floor(row: str, ours: dict, ceilings: dict[str, float]) -> float | None:
+def floor(row: str, result: dict, ceilings: dict[str, float]) -> float | None:
     """Microseconds of the row's least traffic at the bandwidth of the run's copy.
 
     A layer and a model count their own ``bytes`` and ``flops``; there it is the longer of that and
@@ -25,9 +22,9 @@ def floor(row: str, ours: dict, ceilings: dict[str, float]) -> float | None:
         return None
     if parse(row).name in (*OPERATORS, *LAYOUTS):
         return round(bytes_moved(parse(row), HEADS) / ceilings["copy TB/s"] / 1e6, 2)
-    if "bytes" not in ours:
+    if "bytes" not in result:
         return None
-    times = ours["bytes"] / ceilings["copy TB/s"], ours["flops"] / ceilings["mm TFLOP/s"]
+    times = result["bytes"] / ceilings["copy TB/s"], result["flops"] / ceilings["mm TFLOP/s"]
     return round(max(times) / 1e6, 2)
 
 
@@ -41,11 +38,11 @@ def row_result(
     if least is not None:
         result["floor_us"] = least
     result |= targets.get(row, {})
-    if WITH_GATES in found:
-        result["with_gates"] = found[WITH_GATES]
-    if EAGER in found:
-        result["eager"] = found[EAGER]
-    others = {k: v for k, v in found.items() if k not in (first, WITH_GATES, EAGER)}
+    if ours.WITH_GATES in found:
+        result["with_gates"] = found[ours.WITH_GATES]
+    if ours.EAGER in found:
+        result["eager"] = found[ours.EAGER]
+    others = {k: v for k, v in found.items() if k not in (first, ours.WITH_GATES, ours.EAGER)}
     return result | {"peers": others}
 
 

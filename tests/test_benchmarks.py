@@ -7,7 +7,19 @@ import time
 import pytest
 import torch
 
-from benchmarks import exact, merge, models, operators, pack, plot, report, suite, table, unpack
+from benchmarks import (
+    exact,
+    merge,
+    models,
+    operators,
+    ours,
+    pack,
+    plot,
+    report,
+    suite,
+    table,
+    unpack,
+)
 from benchmarks.cases import make_case
 from benchmarks.entry import Entry, Wrong, measured, refuse
 from benchmarks.peers import PEERS
@@ -69,7 +81,7 @@ def test_our_steps_and_gradients_agree_with_the_loop_over_tokens(row):
 
 @pytest.mark.parametrize("row", [Row("decode", 3, 1), Row("prefill_serving", 2, 70)], ids=str)
 def test_our_compiled_call_with_gates_agrees_with_the_loop_over_tokens(row):
-    name = operators.WITH_GATES if row.name == "decode" else "gdn_ops"
+    name = ours.WITH_GATES if row.name == "decode" else "gdn_ops"
     operators.check(name, row, HEADS, "cpu")
 
 
