@@ -38,6 +38,7 @@ class Worker:
             text=True,
             cwd=ROOT,
         )
+        self.was_silent = False
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job))
         self.process.stdin.close()
@@ -68,6 +69,7 @@ class Worker:
             try:
                 line = lines.get(timeout=STALL_SECONDS)
             except queue.Empty:
+                self.was_silent = True
                 self.process.kill()
                 self.process.wait()
                 return
@@ -78,7 +80,7 @@ class Worker:
 
     def last_words(self) -> str:
         """Why it ended: the last line that it wrote to its error output, or its exit status."""
-        if self.process.returncode == -9:
+        if self.was_silent:
             return f"silent for {STALL_SECONDS} s"
         self.log.seek(0)
         lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line]
@@ -186,9 +188,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help=f"names, with commas between them: {names}")
     parser.add_argument("--peers", default=",".join(PEERS), help="the same for the peers")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds, then it stops")
-    parser.add_argument("--json", type=Path, help="where the numbers go; default: results/")
+    parser.add_argument("--json", type=Path, help="default: GPU-DATE.json in benchmarks/results")
     parser.add_argument("--commit", help="where the checkout has no git")
     return parser.parse_args(argv)
+
+
+def command(args: argparse.Namespace) -> str:
+    """What measures the same again; without paths, which are those of a machine."""
+    text = "python -m benchmarks gpu"
+    text += f" --rows {args.rows}" if args.rows else ""
+    text += f" --peers {args.peers}" if args.peers != ",".join(PEERS) else ""
+    return f"{text} --time-limit {args.time_limit:g}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {
         "date": now.isoformat(timespec="seconds"),
         "commit": args.commit or commit(),
-        "command": " ".join(["python -m benchmarks gpu", *(argv or sys.argv[1:])]),
+        "command": command(args),
     }
 
     def save() -> Path:

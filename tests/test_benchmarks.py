@@ -178,32 +178,46 @@ def test_an_absent_peer_is_named_with_its_reason(monkeypatch):
     assert "FlashInfer not installed: " in line
 
 
-# Stands for a worker: its first peer ends the process, its second never answers for the GPU.
+# Stands for a worker: in each row one peer ends the process, and one says nothing for ever.
 DYING = """
-import json, sys
+import json, sys, time
 job = json.load(sys.stdin)
 say = lambda **event: print(json.dumps(event), flush=True)
 if job["first"]:
     say(machine={"gpu": "none"}); say(ceilings={"copy TB/s": 4.0})
 for row in job["rows"]:
-    for name in ("gdn_ops", "peer"):
+    for name in ("gdn_ops", "dying", "silent"):
         if name in job["done"].get(row, []):
             continue
         say(row=row, name=name, started=0)
-        if name == "peer":
+        if name == "dying":
             sys.exit("an illegal memory access")
+        if name == "silent":
+            time.sleep(600)
         say(row=row, name=name, result={"us": 2.0})
     say(finished=row)
 """
 
 
-def test_a_peer_that_ends_the_process_is_named_and_the_run_goes_on():
+def test_a_peer_that_ends_the_process_or_hangs_is_named_and_the_run_goes_on(monkeypatch):
+    monkeypatch.setattr(suite, "STALL_SECONDS", 4)
     rows = [Row("prefill", 1, 512), Row("prefill", 1, 2048)]
     run = suite.Run(rows, (), time.time() + 60, (sys.executable, "-c", DYING))
     assert list(run.measure()) == [str(row) for row in rows]
     for result in run.results():
         assert result["us"] == 2.0
-        assert result["peers"] == {"peer": {"reason": "an illegal memory access"}}
+        assert result["peers"] == {
+            "dying": {"reason": "an illegal memory access"},
+            "silent": {"reason": "silent for 4 s"},
+        }
+
+
+def test_the_command_of_a_run_is_kept_without_paths():
+    args = suite.arguments(["--rows", "decode,verify", "--peers", "fla", "--json", "/x/y.json"])
+    kept = "python -m benchmarks gpu --rows decode,verify --peers fla --time-limit 3600"
+    assert suite.command(args) == kept
+    again = suite.arguments(kept.split()[4:])
+    assert (again.rows, again.peers, again.time_limit) == (args.rows, args.peers, args.time_limit)
 
 
 def test_the_process_that_measures_says_that_there_is_no_gpu():
