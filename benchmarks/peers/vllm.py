@@ -29,12 +29,12 @@ def prefill(row: Row, case: Case) -> Call:
     if row.name == "prefill":
         return lambda: chunk_gated_delta_rule(*tokens_of(case), output_final_state=True)
     slots = case.slots.long()
-    H, K = case.q.shape[2:]
+    (H, K), V = case.q.shape[2:], case.v.shape[-1]
     qkv, a, b = (x.flatten(0, 1) for x in (case.qkv, case.a, case.b))
 
     def serve() -> object:
         tokens = fused_post_conv_prep(
-            qkv, a, b, case.A_log, case.dt_bias, num_k_heads=H, head_k_dim=K, head_v_dim=K
+            qkv, a, b, case.A_log, case.dt_bias, num_k_heads=H, head_k_dim=K, head_v_dim=V
         )
         o, state = chunk_gated_delta_rule(
             *(x.unflatten(0, (row.N, row.T)) for x in tokens),
