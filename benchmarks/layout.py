@@ -6,6 +6,7 @@ one short list. ``layout`` is a step of one token, ``layout_scan`` the serial pa
 
 import functools
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from benchmarks import exact
 from benchmarks.cases import Case, make_case
 from benchmarks.contender import Call, tokens_of
 from benchmarks.entry import Entry, refuse
+from benchmarks.report import V_MAJOR
 from benchmarks.rows import CHUNK, HEADS, Heads, Row
 from benchmarks.timing import copies, microseconds
 
-NAMES = {"V-major": True, "K-major": False}
+NAMES = {V_MAJOR: True, "K-major": False}
 Tile = dict[str, int]
+Launch = Callable[[Tile], Tensor]
 TILES: dict[str, tuple[Tile, ...]] = {
     "layout": tuple(
         {"BV": BV, "num_warps": num_warps}
@@ -51,7 +54,7 @@ def inverses(k: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return inverse, sums.flatten(1, 2)
 
 
-def make_launch(row: Row, case: Case, v_major: bool) -> tuple[Tensor, Tensor, functools.partial]:
+def make_launch(row: Row, case: Case, v_major: bool) -> tuple[Tensor, Tensor, Launch]:
     """The output, the states that are updated, and a launch that takes a tile."""
     from benchmarks import layout_kernels
 
@@ -76,7 +79,7 @@ def make_launch(row: Row, case: Case, v_major: bool) -> tuple[Tensor, Tensor, fu
         kernel[V // tile["BV"], N * HV](*tensors, **sizes, **tile)
         return o
 
-    return o, states if v_major else states.mT, functools.partial(launch)
+    return o, states if v_major else states.mT, launch
 
 
 def small(row: Row) -> Row:
@@ -105,7 +108,7 @@ def check(v_major: bool, row: Row, heads: Heads, device: str) -> dict[str, float
     return largest
 
 
-def fastest(launches: list[functools.partial], tiles: tuple[Tile, ...]) -> list[Call]:
+def fastest(launches: list[Launch], tiles: tuple[Tile, ...]) -> list[Call]:
     """The calls with the tile that is the fastest of a few replays."""
     candidates = [[functools.partial(launch, tile) for launch in launches] for tile in tiles]
     return min(candidates, key=lambda calls: statistics.median(microseconds(calls, 7)))
