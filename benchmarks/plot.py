@@ -115,9 +115,10 @@ def draw(content: dict, stem: Path) -> list[Path]:
         picture(axes, content)
         for ending in ("png", "svg"):
             paths.append(stem.with_name(f"{stem.name}-{name}.{ending}"))
-            # Without a date the same numbers make the same file.
+            # Without a date and random names the same numbers make the same file.
             metadata = {"Date": None} if ending == "svg" else {}
-            figure.savefig(paths[-1], dpi=200, metadata=metadata)
+            with matplotlib.rc_context({"svg.hashsalt": name}):
+                figure.savefig(paths[-1], dpi=200, metadata=metadata)
         pyplot.close(figure)
     return paths
 
