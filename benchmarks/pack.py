@@ -32,7 +32,7 @@ class Package:
 
     @property
     def name(self) -> str:
-        return self.requirement.split("=")[0].split("<")[0]
+        return self.requirement.split("==")[0]
 
 
 # The CuTe DSL. Its own metapackages are empty; torch for CUDA 13 brings cuda-bindings.
