@@ -270,7 +270,7 @@ def run(date="2026-11-24T10:00", rows=("decode 1x1 fp32",), us=2.0, **facts):
             {
                 "row": row,
                 "us": us,
-                "with_gates": {"us": us},
+                "with_gates": {"us": 1.5 * us},
                 "peers": {"FLA": {"us": 2 * us}, "HF": {"reason": "absent"}},
             }
             for row in rows
@@ -354,7 +354,7 @@ def test_points_of_a_roofline_lie_where_bytes_and_times_say():
     assert plot.point(run()["rows"][0]) == pytest.approx(
         (flops / (24832 + 2 * 2097152), flops / 2e-6 / 1e12)
     )
-    assert plot.ratios(run()["rows"][0]) == {"FLA": 2.0}
+    assert plot.ratios(run()["rows"][0]) == {"FLA": 2 / 1.5}
     assert plot.point({"row": "decode 1x1 fp32", "reason": "absent"}) is None
 
 
