@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.report import number
-from benchmarks.rows import MODELS, ONE_STEP, ROWS, parse
+from benchmarks.rows import MODELS, ONE_STEP, ROWS, Row, parse
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -33,8 +33,6 @@ HEADLINE = {
     "train 8192x1 fp32": "forward and backward, 1 x 8192",
     "train 8192x4 fp32": "forward and backward, 4 x 8192",
 }
-
-
 # What the rows on a CPU are called.
 CPU_ROWS = {
     "prefill": "prefill",
@@ -79,15 +77,16 @@ def machine_of(content: dict) -> str:
 
 
 def about(path: Path, content: dict) -> str:
-    """One sentence on the machine and the run."""
-    ceilings, runs = content["ceilings"], len(content.get("runs", ()))
-    where = f"In the last of {runs} runs" if runs > 1 else "In the same run"
+    """What the numbers are, of which machine and run, and the ceilings."""
+    ceilings = content["ceilings"]
+    runs = len(content.get("runs") or {result.get("commit") for result in content["rows"]})
+    where = f"In one of the {runs} runs" if runs > 1 else "In the same run"
     return (
-        f"{machine_of(content)}, 16 key heads, 32 value heads, `K = V ="
-        f" 128`, bfloat16 inputs, CUDA graphs, medians in microseconds. {where} an "
-        f"elementwise copy moved {ceilings['copy TB/s']:.2f} TB/s and a bfloat16 8192^3 product ran"
-        f" at {ceilings['mm TFLOP/s']:.0f} TFLOP/s; the floor is the least traffic at that copy's"
-        f" bandwidth. {every_number(path)}"
+        f"{machine_of(content)}, 16 key heads, 32 value heads, `K = V = 128`, bfloat16 inputs, "
+        f"CUDA graphs, medians in microseconds. {where} an elementwise copy moved "
+        f"{ceilings['copy TB/s']:.2f} TB/s and a bfloat16 8192^3 product ran at "
+        f"{ceilings['mm TFLOP/s']:.0f} TFLOP/s; the floor is the least traffic at the bandwidth of "
+        f"such a copy in the row's run. {every_number(path)}"
     )
 
 
@@ -124,6 +123,18 @@ def gpu() -> str | None:
     return found and f"{about(*found)}\n\n{gpu_table(HEADLINE, found[1])}"
 
 
+def row_names(rows: set[str]) -> str:
+    """Names in the order of the suite; with sizes where others of that name are not in ``rows``."""
+    named: dict[str, list[Row]] = {}
+    for row in ROWS:
+        named.setdefault(row.name, []).append(row)
+    parts = []
+    for name, all_rows in named.items():
+        found = [str(row) for row in all_rows if str(row) in rows]
+        parts += [name] if len(found) == len(all_rows) else found
+    return ", ".join(parts)
+
+
 def gpu_all() -> str | None:
     """Every row that was measured, and why a peer has no number."""
     found = newest("gpu")
@@ -141,6 +152,9 @@ def gpu_all() -> str | None:
         f"- {name}, {', '.join(dict.fromkeys(rows))}: {reason}"
         for (name, reason), rows in reasons.items()
     ]
+    absent = set(known) - set(by_row(content))
+    if absent:
+        missing.append(f"- {row_names(absent)}: no part of this run")
     steps = ", ".join(f"`{name}`" for name in ONE_STEP)
     notes = f"In {steps} the peers have the gates and the norm inside, as our second column has."
     parts = [about(path, content), gpu_table(known, content), notes]

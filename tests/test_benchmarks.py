@@ -335,6 +335,12 @@ def test_merged_numbers_are_a_file_for_the_tables(tmp_path):
     assert "decode 1x16 fp32" in table.gpu_table({str(row): str(row) for row in ROWS}, content)
 
 
+def test_rows_that_a_run_lacks_are_named_by_size_or_all_together():
+    absent = {str(row) for row in ROWS if row.name in ("verify_once", "layout_scan")}
+    names = table.row_names(absent | {"decode 1x1 fp32", "decode 1x16 bf16"})
+    assert names == "decode 1x1 fp32, decode 1x16 bf16, verify_once, layout_scan"
+
+
 def test_pictures_of_a_run_are_drawn_beside_its_file_and_the_same_again(tmp_path):
     content = run(rows=[str(row) for row in ROWS if row.name not in MODELS])
     layer = {"row": "layer 1x1 fp32", "us": 90.0, "gpu_us": 40.0, "bytes": 80e6, "flops": 8e7}
