@@ -53,13 +53,14 @@ def call(
     return Result(name, done.returncode == 0 and bool(lines), summary, seconds, done.stdout)
 
 
-def tests(processes: int, chosen: list[str]) -> Result:
-    spread = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--ignore", "tests/interpreted"]
+def tests(name: str, marks: str, processes: int, chosen: list[str]) -> Result:
+    """Those with these marks; no process of pytest-xdist for none."""
+    spread = ["-n", str(processes)] if processes and importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-m", marks, "--ignore", "tests/interpreted"]
     # pytest-benchmark, which some machines have, warns of other processes, and warnings are errors.
     command += ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
     command += ["--show-capture=no", *spread, *chosen]
-    return call("tests", command, r"^.*(?:passed|failed|error).* in .*$", {"GDN_REQUIRE_GPU": "1"})
+    return call(name, command, r"^.*(?:passed|failed|error).* in .*$", {"GDN_REQUIRE_GPU": "1"})
 
 
 def sanitized(tool: str, dtype: str) -> Result:
@@ -123,13 +124,16 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", help="arguments of pytest. Default: all tests")
     args = parser.parse_args()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(tests, args.processes, args.tests)]
+        marks = "gpu and not alone"
+        futures = [pool.submit(tests, "tests", marks, args.processes, args.tests)]
         futures += [
             pool.submit(sanitized, tool, dtype)
             for tool in TOOLS
             for dtype in ("float32", "bfloat16")
         ]
         results = [future.result() for future in futures]
+    if not args.tests:
+        results.append(tests("tests of the host's time, alone", "gpu and alone", 0, []))
     for row in results:
         if not row.passed:
             print(f"\n--- {row.name}", row.output[-6000:], sep="\n")

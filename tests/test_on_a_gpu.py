@@ -201,6 +201,7 @@ def _call_of(operator):
     return lambda: call(*inputs[operator])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "operator",
     ["recurrent_", "recurrent", "chunk_", "chunk", "causal_conv1d_", "causal_conv1d"],
