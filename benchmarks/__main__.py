@@ -44,7 +44,7 @@ def main() -> None:
     sys.path.append(str(Path(__file__).parent))
     module = importlib.import_module(f"benchmarks.{COMMANDS[command]}")
     # Each file parses the arguments of its own command.
-    sys.argv = [f"-m benchmarks {command}", *argv]
+    sys.argv = [f"python -m benchmarks {command}", *argv]
     module.main()
 
 
