@@ -71,6 +71,14 @@ def pick(
     return Tiles(64, BK, BV, 4, 2)
 
 
+def stores_late(tiles: Tiles, gpu: Gpu) -> bool:
+    """Whether the output is stored a chunk later, by a descriptor, where the call allows it.
+
+    Its tile is the shared memory that a second program would lack, and elsewhere it spills.
+    """
+    return gpu.arch == "sm_90" and tiles.num_stages > 2
+
+
 # Bounds that ``prepare_kernel`` reads at once.
 PREPARE_BN = 128
 
@@ -215,8 +223,7 @@ def _launch(
     tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
     G, inverse, weights = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    # Its tile is the shared memory that a second program would lack, and elsewhere it spills.
-    stores_late = gpu.arch == "sm_90" and tiles.num_stages > 2
+    is_late = use_descriptors and stores_late(tiles, gpu) and _fits_descriptor(o)
     if use_descriptors:
         triton.set_allocator(new_scratch)
     launch(
@@ -264,7 +271,7 @@ def _launch(
         IS_VARLEN=cu_seqlens is not None,
         USE_QK_L2NORM=use_qk_l2norm,
         USE_DESCRIPTORS=use_descriptors,
-        USE_DESCRIPTOR_STORE=stores_late and use_descriptors and _fits_descriptor(o),
+        USE_DESCRIPTOR_STORE=is_late,
         INDEX=tl.int32 if o.numel() < 2**31 else tl.int64,
         DOT=_DOT[q.dtype],
         PRECISION=PRECISION,
