@@ -13,8 +13,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._inductor import config, ir
-from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, register_lowering
+from torch._inductor import config, ir, lowering
+from torch._inductor.lowering import (
+    empty_strided,
+    fallback_handler,
+    fallbacks,
+    lowerings,
+    register_lowering,
+)
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -49,6 +55,21 @@ def eager_call(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> 
 def lowered(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
     """What Inductor itself makes of an operator."""
     return lowerings[operator](*args, **keywords)
+
+
+def is_opaque(operator: Any) -> bool:
+    """Whether an operator is none of torch's own, and Inductor has no rule for it."""
+    if not isinstance(operator, torch._ops.OpOverload) or operator.namespace in ("aten", "prims"):
+        return False
+    # torch 2.11 has no rules of users. What was called once has a rule, which is the call.
+    known = operator in lowerings or operator in getattr(lowering, "user_lowerings", ())
+    return not known or operator in fallbacks
+
+
+def node_of(operator: torch._ops.OpOverload) -> torch.fx.Node | None:
+    """The call that is being lowered, if it is one of ``operator``."""
+    node: torch.fx.Node | None = V.graph.current_node
+    return node if node is not None and node.target is operator else None
 
 
 def realize(x: IRNode) -> IRNode:

@@ -1,6 +1,7 @@
 """``chunk`` and ``chunk_`` as two templates, of ``gdn_ops/kernels/chunk_prepare.py`` and
 ``gdn_ops/kernels/chunk_scan.py``."""
 
+import logging
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # it has no stubs
@@ -11,9 +12,11 @@ from gdn_ops.kernels import chunk as kernels
 from gdn_ops.kernels import chunk_prepare, chunk_scan
 from gdn_ops.kernels.configs import Gpu, gpu_at
 
-from . import _inductor
+from . import _inductor, epilogue
 from ._inductor import IRNode, Unsupported
 from .template import Config, KernelTemplate
+
+log = logging.getLogger(__name__)
 
 
 @_inductor.symbolic_grid
@@ -94,7 +97,15 @@ def _call(
     dtype = q.get_dtype()
     gpu = gpu_at(_inductor.device(q).index or 0)
     heads = _inductor.hints([sequences])[0] * HV
-    tiles = kernels.pick(K, V, dtype, heads, gpu)
+    fit = all(_fits_descriptor(x) for x in (q, k, v))
+    use_descriptors = gpu.has_descriptors and dtype != torch.float32 and fit
+    why_pointers = _why_pointers(in_place, use_descriptors)
+    tiles = kernels.pick(K, V, dtype, heads, gpu, why_pointers is None)
+    if why_pointers is None and not kernels.stores_late(tiles, gpu):
+        why_pointers = f"K = {K} on {gpu.arch} leaves no room for its tile"
+    is_late = why_pointers is None
+    form = f"through pointers: {why_pointers}" if why_pointers else "by a descriptor"
+    log.debug("%s: o is stored %s", SCAN.name, form)
     sizes: dict[str, Any] = {"H": H, "HV": HV, "K": K}
     flags: dict[str, Any] = {"IS_VARLEN": cu_seqlens is not None, "USE_QK_L2NORM": use_qk_l2norm}
     operands: dict[str, Any] = {
@@ -131,14 +142,20 @@ def _call(
         **flags,
         **operands,
     )
-    fit = all(_fits_descriptor(x) for x in (q, k, v))
-    use_descriptors = gpu.has_descriptors and dtype != torch.float32 and fit
     tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
-    return SCAN.call(
+    mutated = ["state" if in_place else "final_state"]
+    shape = [B, T, HV, V]
+    stored = _inductor.new_buffer(v, shape, dtype) if is_late else None
+    if is_late:
+        tensors["o"] = stored
+        mutated.append("o")
+        # A template has an output of its own, which here nobody writes or reads, nor allocates.
+        shape = [1] * len(shape)
+    own = SCAN.call(
         {name: tensors[name] for name in chunk_scan.AXES if name in tensors},
-        _inductor.contiguous_layout(v, [B, T, HV, V], dtype),
-        _scan_configs(tiles, dtype),
-        mutated=["state" if in_place else "final_state"],
+        _inductor.contiguous_layout(v, shape, dtype),
+        _scan_configs(tiles, dtype, is_late),
+        mutated=mutated,
         aliases={"final_state": "state"} if in_place else None,
         call_sizes=[sequences, HV, V],
         generators=generators,
@@ -151,13 +168,25 @@ def _call(
         HAS_INITIAL_STATE=tensors["has_initial_state"] is not None,
         IS_POOL=in_place,
         USE_DESCRIPTORS=use_descriptors,
-        # Inductor fuses into stores through pointers only.
-        USE_DESCRIPTOR_STORE=False,
+        USE_DESCRIPTOR_STORE=is_late,
         INDEX="tl.int32" if _inductor.is_known(B * T * HV * V < 2**31) else "tl.int64",
         **sizes,
         **flags,
         **operands,
     )
+    return own if stored is None else _inductor.as_result(stored)
+
+
+def _why_pointers(in_place: bool, use_descriptors: bool) -> str | None:
+    """Why the output is stored where Inductor can fuse into the store; None where it need not."""
+    if not use_descriptors:
+        return "its inputs are not read by descriptors"
+    operator = torch.ops.gdn.chunk_ if in_place else torch.ops.gdn.chunk
+    node = _inductor.node_of(operator.default)
+    if node is None:
+        return "what follows is not known"
+    fused = epilogue.may_be_fused(node)
+    return None if fused is None else f"{fused} may be fused into the store"
 
 
 def prepare_config(dtype: torch.dtype, gpu: Gpu, BT: int, BK: int) -> Config:
@@ -167,12 +196,13 @@ def prepare_config(dtype: torch.dtype, gpu: Gpu, BT: int, BK: int) -> Config:
     return Config.of(num_warps, 1, **sizes, NORMS_BY_PRODUCT=by_product)
 
 
-def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype) -> list[Config]:
+def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype, is_late: bool) -> list[Config]:
     choices = [(tiles.BV, tiles.num_warps, tiles.num_stages)]
     # Of float32 and of long keys no others fit.
     if _inductor.may_autotune() and dtype != torch.float32 and tiles.BK <= 128:
         others = [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)]
-        choices += [c for c in others if c[0] <= tiles.BV and c not in choices]
+        others = [c for c in others if c[0] <= tiles.BV and (c[2] > 2 or not is_late)]
+        choices += [c for c in others if c not in choices]
     sizes = {"BT": tiles.BT, "BK": tiles.BK}
     return [Config.of(warps, stages, BV=BV, **sizes) for BV, warps, stages in choices]
 
