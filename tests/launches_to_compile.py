@@ -43,6 +43,11 @@ def decode(q, k, v, g, beta, pool, slots, z):
     return gdn_ops.recurrent_(q, k, v, g, beta, pool, slots, use_qk_l2norm=True) * silu(z)
 
 
+def prefill(q, k, v, g, beta, z, weight):
+    o, state = gdn_ops.chunk(q, k, v, g, beta, use_qk_l2norm=True)
+    return gdn_ops.rms_norm_gated(o, z, weight), state
+
+
 def train(q, k, v, g, beta, z):
     return gdn_ops.chunk(q, k, v, g, beta, use_qk_l2norm=True)[0] * silu(z)
 
@@ -62,11 +67,13 @@ def _convolve_inputs():
 # Layers for torch.compile: each with the templates that it becomes.
 LAYERS = {
     "decode lowered": (decode, (*tokens(16, 1), states(33), integers(16), new(16, 1, HV, V))),
+    "prefill lowered": (prefill, (*tokens(16, 1000), new(16, 1000, HV, V), new(V))),
     "train lowered": (train, _train_inputs()),
     "convolve lowered": (convolve, _convolve_inputs()),
 }
 KERNELS = {
     "decode lowered": ("recurrent",),
+    "prefill lowered": ("chunk_scan",),
     "train lowered": (
         "chunk_scan",
         "chunk_backward_replay",

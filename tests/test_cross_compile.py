@@ -7,7 +7,7 @@ Each kernel in the configurations that its launcher and its lowering choose at t
 import os
 import re
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
@@ -168,6 +168,7 @@ EVERYWHERE = (
 ARCHS = ("sm_90", "sm_80", "sm_100", "gfx942")
 # For these also what max_autotune would time.
 TIMED = ("decode fp32", "decode bf16", "prefill", "convolve")
+FUSED = ("USE_DESCRIPTOR_STORE", False)
 # The stage that gradients share with a prefill of the same flags, but for one factor.
 SHARED = ("gradient", "gradient without norm", "gradient fp32", "gradient packed")
 
@@ -200,8 +201,9 @@ def _recorded():
                 yield Case(call, launch.kernel, arch, launch)
                 if arch == "sm_90" and call in TIMED:
                     for config in _configs(launch)[1:]:
-                        tiles = "x".join(str(size) for _, size in config.tiles)
-                        name = f"{launch.kernel} {tiles} {config.num_stages}"
+                        sizes = [str(size) for _, size in config.tiles if size is not False]
+                        name = f"{launch.kernel} {'x'.join(sizes)} {config.num_stages}"
+                        name += " fused" * (FUSED in config.tiles)
                         yield Case(call, name, arch, launch.with_config(config))
 
 
@@ -227,9 +229,13 @@ def _configs(launch):
             nodes = map(_node, (x, weight, written))
             return lowered_conv._configs(*nodes, sequences, bounds is not None)
         if launch.kernel == "scan":
-            sizes = (launch.args[name] for name in ("BT", "BK", "BV"))
-            tiles = chunk.Tiles(*sizes, launch.num_warps, launch.num_stages)
-            return lowered_chunk._scan_configs(tiles, launch.args["q"].dtype)
+            BT, BK, BV = (launch.args[name] for name in ("BT", "BK", "BV"))
+            late = chunk.Tiles(BT, BK, BV, launch.num_warps, launch.num_stages)
+            found = lowered_chunk._scan_configs(late, BF16, is_late=True)
+            # And those where something is fused into the output.
+            for config in lowered_chunk._scan_configs(chunk.Tiles(BT, BK, 64, 4, 2), BF16, False):
+                found.append(replace(config, tiles=(*config.tiles, FUSED)))
+            return found
         if launch.kernel == "prepare":
             return [None]  # one, the launcher's
     raise AssertionError(launch.kernel)

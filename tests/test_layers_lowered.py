@@ -4,6 +4,7 @@ The lists are every launch and every library call of a graph, in order. They are
 release of torch and of transformers; the laws around them hold for all.
 """
 
+import copy
 import functools
 import importlib
 from pathlib import Path
@@ -23,9 +24,11 @@ from lowered_layers import (
     verify,
     verify_inputs,
 )
-from tiny_models import new_cache
+from tiny_models import CLASSES, gdn_layers, new_cache
+from tiny_models import model_of as model_of_family
 
 from gdn_ops.integrations.transformers import use_gdn_ops
+from lowering import epilogue
 from lowering.fake_gpu import generate
 from lowering.generated import library_calls
 
@@ -94,6 +97,30 @@ def test_prefill_into_a_cache_touches_its_recurrent_state_once(phase):
     (module,), _ = layer_in(phase)
     _, state = _states_of(filled_cache(model_of(BF16), 2))
     assert kernels_on(module, state) == ["gdn_chunk_scan"]
+
+
+LATE = "USE_DESCRIPTOR_STORE : tl.constexpr = True"
+
+
+@pytest.mark.parametrize("phase", PHASES[2:])
+def test_a_norm_leaves_nothing_to_fuse_into_the_output_of_prefill(phase):
+    """A descriptor stores it: the norm must have read a whole head before it computes anything."""
+    assert LATE in layer_in(phase)[0][0].code
+
+
+@pytest.mark.parametrize("family", CLASSES)
+@torch.no_grad()
+def test_no_family_misses_a_fusion_into_the_output_of_prefill(family, monkeypatch):
+    """With the store that Inductor could fuse into, a layer has as many launches."""
+    layer = gdn_layers(copy.deepcopy(model_of_family(family)).to(BF16))[0]
+    with use_gdn_ops():
+        (module,) = generate(layer, (hidden(2, 70),))
+        monkeypatch.setattr(epilogue, "may_be_fused", lambda node: node)
+        (other,) = generate(layer, (hidden(2, 70),))
+    assert LATE in module.code
+    assert LATE not in other.code
+    assert template_names(module) == template_names(other)
+    assert len(module.launches) == len(other.launches)
 
 
 @pytest.mark.parametrize("phase", ["decode", "verify"])
@@ -214,15 +241,15 @@ def test_kernels_of_several_tokens_after_a_cached_prefix():
     expecttest.assert_expected_inline(
         inventory(module),
         """\
-pointwise: cat
 reduction: pow mean add rsqrt mul
+pointwise: cat
 extern_kernels.mm
-pointwise: sigmoid
-pointwise: exp neg add softplus mul
 extern_kernels.mm
 pointwise: cat
 pointwise: slice copy copy_
 template: gdn_causal_conv1d
+pointwise: exp neg add softplus mul
+pointwise: sigmoid
 template: gdn_chunk_prepare
 template: gdn_chunk_scan
 reduction: pow mean add rsqrt mul silu
