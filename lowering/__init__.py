@@ -4,7 +4,8 @@
     lowering.register()       # or explicitly; idempotent
     lowering.unregister()     # operators are opaque calls again
 
-``TORCH_LOGS="+lowering"`` tells which configuration was chosen and what fell back, and why.
+``TORCH_LOGS="+lowering"`` tells which configuration was chosen, what was fused into it, and what
+fell back, and why.
 """
 
 

@@ -174,6 +174,29 @@ def select(
     return chosen[0] if isinstance(chosen, tuple) else chosen
 
 
+def watch(node: Any, choices: list[Any], tell: Callable[[int, list[str]], None]) -> None:
+    """Call ``tell`` when the code of a selected template is written, for a log.
+
+    Args:
+        node: What ``select`` returned.
+        choices: What it selected from.
+        tell: Called with the place of the choice, and with the operations that were fused into it.
+    """
+    buffer = node.data.data
+    make = buffer.make_kernel_render
+    place = [choice.make_kernel_render for choice in choices].index(make)
+
+    def make_and_tell(*args: Any, **keywords: Any) -> Any:
+        group = V.graph.scheduler.current_node
+        if group is not None:  # it is None where a fusion is only tried
+            others = [n.node for n in group.get_nodes() if n.node not in (None, buffer)]
+            fused = [str(x.target) for node in others if node for x in node.get_origins()]
+            tell(place, list(dict.fromkeys(fused)))
+        return make(*args, **keywords)
+
+    buffer.make_kernel_render = make_and_tell
+
+
 def hints(sizes: Sequence[Any]) -> list[int]:
     return [V.graph.sizevars.optimization_hint(size, fallback=64) for size in sizes]
 

@@ -35,6 +35,10 @@ class Config:
     def of(num_warps: int, num_stages: int, **tiles: int) -> "Config":
         return Config(tuple(tiles.items()), num_warps, num_stages)
 
+    def __str__(self) -> str:
+        tiles = ", ".join(f"{name}={size}" for name, size in self.tiles)
+        return f"{tiles}, num_warps={self.num_warps}, num_stages={self.num_stages}"
+
 
 @dataclass(frozen=True, eq=False)
 class KernelTemplate:
@@ -107,9 +111,17 @@ class KernelTemplate:
         ]
         if not choices:
             raise _inductor.Unsupported(f"no configuration serves it ({errors[0]})")
-        log.debug("%s: %s", self.name, ", ".join(str(config) for config in configs))
         inputs = {list(present).index(x): f for x, f in (generators or {}).items() if x in present}
-        return _inductor.select(self.name, choices, nodes, layout, inputs)
+        node = _inductor.select(self.name, choices, nodes, layout, inputs)
+        if log.isEnabledFor(logging.DEBUG):
+            served = [str(c) for c, error in zip(configs, errors, strict=True) if error is None]
+            if len(served) > 1:
+                log.debug("%s: timed: %s", self.name, "; ".join(served))
+            _inductor.watch(node, choices, lambda place, fused: self._tell(served[place], fused))
+        return node
+
+    def _tell(self, config: str, fused: Sequence[str]) -> None:
+        log.debug("%s: %s, fused: %s", self.name, config, ", ".join(fused) or "nothing")
 
     def _template(
         self, ranks: tuple[tuple[str, int], ...], aliases: tuple[tuple[str, str], ...]
