@@ -94,7 +94,8 @@ def _or_eager(operator: torch._ops.OpOverload, rule: Callable[..., Any]) -> Call
         except _inductor.Unsupported as reason:
             _say_once(f"{name} stays an opaque call: {reason}")
         except Exception as error:
-            _say_once(f"{name} stays an opaque call: {type(error).__name__}: {error}")
+            told = str(error).partition("\n")[0]
+            _say_once(f"{name} stays an opaque call: {type(error).__name__}: {told}")
             log.debug("the lowering of %s failed", name, exc_info=True)
         return _inductor.eager_call(operator, *args, **keywords)
 
