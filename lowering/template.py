@@ -78,8 +78,9 @@ class KernelTemplate:
         """Add a launch of the kernel to the graph; returns its main output.
 
         Args:
-            tensors: All tensors of the signature but the main output; None where absent.
-            layout: Of the main output.
+            tensors: All tensors of the signature, None where absent; the main output only where the
+                kernel stores it itself, and not by ``store_output``.
+            layout: Of the main output; of an output in its place that is never written, else.
             configs: Choices; more than one is timed.
             mutated: Names of tensors that the kernel writes.
             aliases: Tensors that are another one under a second name, ``{"final_state": "state"}``.
