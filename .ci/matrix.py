@@ -22,7 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Triton comes with torch, in the version that it names: 3.6.0, 3.7.1, ...
 RELEASES = {"2.11": "2.11.0", "2.13": "2.13.0", "2.14": "2.14.1", "2.15": "2.15.0"}
-PROOFS = ("tests/test_lowering.py", "tests/test_fake_gpu.py", "tests/test_cross_compile.py")
+PROOFS = (
+    *("tests/test_lowering.py", "tests/test_epilogue.py"),
+    *("tests/test_fake_gpu.py", "tests/test_cross_compile.py"),
+)
 NEEDED = ("numpy", "pytest", "hypothesis", "expecttest")
 # torch decides on these itself.
 FREE = re.compile(r"(torch|triton|setuptools|sympy|networkx|numpy)==")
