@@ -104,8 +104,10 @@ def _call(
     if why_pointers is None and not kernels.stores_late(tiles, gpu):
         why_pointers = f"K = {K} on {gpu.arch} leaves no room for its tile"
     is_late = why_pointers is None
-    form = f"through pointers: {why_pointers}" if why_pointers else "by a descriptor"
-    log.debug("%s: o is stored %s", SCAN.name, form)
+    store, why = "through pointers", why_pointers
+    if why is None:
+        store, why = "by a descriptor", "nothing can be fused into the store"
+    log.debug("%s: o is stored %s: %s", SCAN.name, store, why)
     sizes: dict[str, Any] = {"H": H, "HV": HV, "K": K}
     flags: dict[str, Any] = {"IS_VARLEN": cu_seqlens is not None, "USE_QK_L2NORM": use_qk_l2norm}
     operands: dict[str, Any] = {
@@ -145,6 +147,7 @@ def _call(
     tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
     mutated = ["state" if in_place else "final_state"]
     shape = [B, T, HV, V]
+    # New and contiguous, it fits a descriptor where v does.
     stored = _inductor.new_buffer(v, shape, dtype) if is_late else None
     if is_late:
         tensors["o"] = stored

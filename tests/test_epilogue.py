@@ -179,7 +179,11 @@ def test_the_scan_is_launched_as_in_eager_mode(shape, arch, tiles, is_late):
 @pytest.mark.parametrize(
     ("follows", "arch", "why"),
     [
-        (NOTHING_FUSES["result"], "sm_90", "by a descriptor"),
+        (
+            NOTHING_FUSES["result"],
+            "sm_90",
+            "by a descriptor: nothing can be fused into the store",
+        ),
         (FUSES["gate"], "sm_90", "through pointers: mul may be fused into the store"),
         (IN_DOUBT["sums"], "sm_90", "through pointers: cumsum may be fused into the store"),
         (
