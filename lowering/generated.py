@@ -51,6 +51,21 @@ class Kernel:
     meta: dict[str, Any]
     inductor_meta: dict[str, Any]
 
+    @property
+    def template(self) -> str | None:
+        """Operator and stage of a template of this package, as its text has it; else None."""
+        found = re.search(r"# (gdn_\w+):", "".join(self.fn.raw_src))
+        return found[1] if found else None
+
+    @property
+    def in_place(self) -> set[str]:
+        """The tensors among its arguments that it reads and writes."""
+        names = set(self.inductor_meta.get("mutated_arg_names", ()))
+        names |= {name for name in self.fn.arg_names if name.startswith("in_out")}
+        # Inductor keeps no note of what a template writes; its text does.
+        found = re.search(r"    # in place: (.+)", "".join(self.fn.raw_src))
+        return names | {f"arg_{name}" for name in (found[1].split(", ") if found else ())}
+
     def bind(self, config: Config, args: Sequence[Any]) -> dict[str, Any]:
         """Name the arguments of a launch; those of the grid, if there are any, come last."""
         # The wrapper passes constants too, but neither a config's nor what it left out as None.

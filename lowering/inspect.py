@@ -1,14 +1,16 @@
 """The kernels that a model would get on a GPU that nobody here owns.
 
-    python -m lowering.inspect examples/inspect_layer.py:decode --arch sm_90
+    python -m lowering.inspect examples/inspect_layer.py:decode batch=64 --arch sm_90
 
 prints for each graph its kernels, what Inductor fused into each, and what the compiler made of it.
 """
 
 import argparse
+import ast
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -16,7 +18,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ class KernelReport:
     Args:
         name: Its name in the generated module.
         kind: ``template``, ``pointwise``, ``reduction``, ``persistent_reduction``, ...
+        template: Of a template of ours, its operator and stage, as ``gdn_chunk_scan``; else None.
         launches: How often the graph launches it.
         fused: Operations of ATen, and templates, that it does the work of.
         sources: Names of the values in the user's graph that it computes.
@@ -57,6 +61,7 @@ class KernelReport:
 
     name: str
     kind: str
+    template: str | None
     launches: int
     fused: list[str]
     sources: list[str]
@@ -155,6 +160,7 @@ def _kernel_report(
     report = KernelReport(
         name=kernel.name,
         kind=kernel.kind,
+        template=kernel.template,
         launches=launches,
         fused=origin[1],
         sources=origin[0],
@@ -179,14 +185,12 @@ def _kernel_report(
 
 
 def _bytes(kernel: Kernel, args: Mapping[str, Any]) -> int:
-    mutated = kernel.inductor_meta.get("mutated_arg_names", ())
     total = 0
     for name, x in args.items():
         if isinstance(x, Tensor):
             # A dimension of stride 0 is one element in memory.
             sizes = [n for n, stride in zip(x.size(), x.stride(), strict=True) if stride]
-            twice = name.startswith("in_out") or name in mutated
-            total += math.prod(sizes) * x.itemsize * (2 if twice else 1)
+            total += math.prod(sizes) * x.itemsize * (2 if name in kernel.in_place else 1)
     return total
 
 
@@ -207,6 +211,24 @@ def find_factory(target: str) -> Callable[[], Any]:
     if not callable(factory):
         raise ValueError(f"inspect: {place} must define the function {name}, got {factory!r}")
     return factory  # type: ignore[no-any-return]
+
+
+def with_arguments(factory: Callable[..., Any], given: Sequence[str]) -> Callable[[], Any]:
+    """``factory`` with its arguments, each ``name=value``, a number or another literal.
+
+    Raises:
+        ValueError: one has no such form, or the factory does not take it.
+    """
+    pairs = [text.partition("=") for text in given]
+    try:
+        arguments = {name: ast.literal_eval(value) for name, _, value in pairs}
+        signature(factory).bind(**arguments)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"inspect: NAME=VALUE must be an argument of the factory, {signature(factory)}, got"
+            f" {' '.join(given)!r}: {error}"
+        ) from None
+    return functools.partial(factory, **arguments)
 
 
 def _load_script(path: Path) -> Any:
@@ -243,6 +265,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="path/to/script.py:factory or package.module:factory; factory() returns a module or"
         " function, and its example inputs, on the CPU or on meta",
     )
+    parser.add_argument(
+        "arguments",
+        metavar="NAME=VALUE",
+        nargs="*",
+        help="arguments of the factory, such as the sizes of its inputs",
+    )
     parser.add_argument("--arch", default="sm_90", help=f"one of {', '.join(ARCHS)} (sm_90)")
     parser.add_argument("--dtype", choices=DTYPES, help="convert parameters and inputs")
     parser.add_argument(
@@ -252,7 +280,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-grad", action="store_true", help="inference only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--code", action="store_true", help="print the generated modules too")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -263,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "lowering.inspect", *(argv or sys.argv[1:])]
         return subprocess.run(command, env=environment).returncode
     try:
-        factory = find_factory(options.target)
+        factory = with_arguments(find_factory(options.target), options.arguments)
         with fake_gpu(options.arch):  # it raises where it cannot be had
             pass
     except (ValueError, RuntimeError) as error:

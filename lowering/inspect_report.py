@@ -50,7 +50,7 @@ def _plural(count: int, noun: str) -> str:
 def _row(kernel: "KernelReport") -> tuple[str, ...]:
     return (
         kernel.name,
-        kernel.kind,
+        " ".join(filter(None, (kernel.kind, kernel.template))),
         str(kernel.launches),
         ", ".join(kernel.fused),
         _size(kernel.bytes),

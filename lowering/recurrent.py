@@ -36,6 +36,7 @@ VERIFY = KernelTemplate(
     axes=verify.AXES,
     sizes=verify.SIZES,
     tile=("BV", "BR"),
+    in_place=("state",),
 )
 
 

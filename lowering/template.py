@@ -52,6 +52,7 @@ class KernelTemplate:
         sizes: Size arguments, ``{"T": "q_t"}``.
         tile: Names of the tile's sizes at ``store_output``, such as ``("BT", "BV")``.
         output: Name of the main output among the kernel's arguments.
+        in_place: Tensors that it reads and writes; those of ``aliases`` are others.
     """
 
     name: str
@@ -61,6 +62,7 @@ class KernelTemplate:
     sizes: Mapping[str, str]
     tile: tuple[str, ...]
     output: str = "o"
+    in_place: tuple[str, ...] = ()
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def call(
@@ -142,7 +144,7 @@ def template_source(
     source, tree = _parsed(template.kernel)
     arguments = [argument.arg for argument in tree.args.args]
     lines = [f"{{{{def_kernel({', '.join(map(repr, ranks))})}}}}"]
-    lines += [f"    # {line}".rstrip() for line in _legend(template)]
+    lines += [f"    # {line}".rstrip() for line in _legend(template, aliases)]
     for name in arguments:
         head = _argument(template, name, ranks, aliases)
         lines += [f"    {head}"] if head else []
@@ -152,10 +154,12 @@ def template_source(
     return "\n".join(lines) + "\n"
 
 
-def _legend(template: KernelTemplate) -> list[str]:
+def _legend(template: KernelTemplate, aliases: Mapping[str, str]) -> list[str]:
     module = inspect.getmodule(template.kernel.fn)
     title = (inspect.getdoc(module) or "").partition("\n\n")[0]
-    return [f"{template.name}: {title}", f"source: {getattr(module, '__name__', '')}"]
+    legend = [f"{template.name}: {title}", f"source: {getattr(module, '__name__', '')}"]
+    in_place = (*template.in_place, *aliases.values())
+    return [*legend, f"in place: {', '.join(in_place)}"] if in_place else legend
 
 
 def _argument(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,17 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines 
 
 SCRIPT = """
 import torch
+import gdn_ops
 
 def layer(x, w):
     return torch.softmax(x @ w, -1).bfloat16()
 
 def factory():
     return layer, (torch.empty(64, 128, device="meta"), torch.empty(128, 512, device="meta"))
+
+def decode(batch=1):
+    tokens = (torch.randn(batch, 1, 2, 16) for _ in range(3))
+    return gdn_ops.recurrent_, (*tokens, None, None, torch.zeros(9, 2, 16, 16))
 
 def training():
     return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU()), (torch.randn(4, 8),)
@@ -92,6 +98,26 @@ def test_the_report_is_json_on_request_and_in_the_interpreter_s_environment(scri
     assert "code" not in graphs[0]
 
 
+def test_a_template_is_called_by_its_operator_and_stage_at_the_sizes_that_were_asked_for(script):
+    run = _cli(f"{script}:decode", "--json", "batch=7")
+    assert run.returncode == 0, run.stderr
+    (kernel,) = json.loads(run.stdout)[0]["kernels"]
+    assert (kernel["kind"], kernel["template"]) == ("template", "gdn_recurrent")
+    # q, k, v and o once, the pool read and written.
+    assert kernel["bytes"] == 4 * 2 * 16 * (4 * 7 + 2 * 9 * 16)
+
+
+def test_a_terminal_shows_a_table(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([f"{script}:decode"]) == 0
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert lines[0] == "sm_90 (NVIDIA H200), 1 graph"
+    columns = next(line for line in lines if "registers" in line)
+    assert re.findall(r"\w+", columns)[:4] == ["kernel", "kind", "launches", "fused"]
+    assert any("template gdn_recurrent" in line for line in lines)
+
+
 def _refusal(capsys, *arguments):
     assert main([*map(str, arguments)]) == 2
     return capsys.readouterr().err
@@ -104,6 +130,8 @@ def test_what_cannot_be_inspected_is_refused_in_one_sentence(script, capsys):
         (["no.such.module:factory"], "TARGET must name a module, got 'no.such.module'"),
         ([script], "TARGET must be path/to/script.py:factory or package.module:factory"),
         ([f"{script}:factory", "--arch", "sm_70"], "arch must be one of sm_80, "),
+        ([f"{script}:decode", "tokens=2"], "NAME=VALUE must be an argument of the factory, (batch"),
+        ([f"{script}:decode", "batch=two"], "got 'batch=two'"),
     ):
         assert message in _refusal(capsys, *arguments)
 
