@@ -171,7 +171,12 @@ def select(
         keywords["input_gen_fns"] = generators
     chosen = autotune_select_algorithm(name, choices, inputs, layout, **keywords)
     # torch 2.11 returns the node, later releases a node and the choice.
-    return chosen[0] if isinstance(chosen, tuple) else chosen
+    node = chosen[0] if isinstance(chosen, tuple) else chosen
+    # A kernel is named after its origins, and what computes its inputs is none of what it does.
+    buffer, operator = node.data.data, V.graph.current_node
+    if operator in getattr(buffer, "origins", ()):
+        buffer.origins = type(buffer.origins)([operator])
+    return node
 
 
 def watch(node: Any, choices: list[Any], tell: Callable[[int, list[str]], None]) -> None:

@@ -61,6 +61,17 @@ def test_a_decode_step_is_one_template_with_its_epilogue_and_one_product():
     assert module.code.count("extern_kernels.") == 1
 
 
+def test_a_kernel_is_named_after_what_it_does_and_not_after_what_makes_its_inputs():
+    def layer(q, k, v, g, beta, z):
+        o, _ = gdn_ops.chunk(q.exp(), k, v, g, beta.sigmoid())
+        return o * z.tanh()
+
+    tokens = _tokens(2, 70)
+    (module,) = generate(layer, (*tokens, torch.ones_like(tokens.v)))
+    names = [re.sub(r"_\d+$", "", kernel.name) for kernel in _templates(module)]
+    assert names == ["triton_tem_fused_chunk", "triton_tem_fused_chunk_mul_tanh"]
+
+
 def test_a_pool_is_updated_where_it_is():
     """No copy of it, and no buffer of its size."""
     from torch._inductor.fx_passes.reinplace import ReinplaceCounters  # noqa: TID251
