@@ -309,6 +309,19 @@ def test_a_state_is_read_and_written_16_bytes_at_a_time(facts, case):
     assert facts.opcodes[store] == least + outputs // (16 * arch.warp)
 
 
+@pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel == "scan"]))
+def test_a_scan_reads_and_writes_its_state_16_bytes_at_a_time(facts, case):
+    """At both ends of a sequence; other tensors are read and written beside it."""
+    arch, args = find_arch(case.arch), case.launch.args
+    load, store = (
+        ("global_load_dwordx4", "global_store_dwordx4") if arch.is_amd else ("LDG.128", "STG.128")
+    )
+    for name, opcode in (("state", load), ("final_state", store)):
+        if args.get(name) is not None:
+            size = args["BV"] * args["BK"] * args[name].itemsize
+            assert facts.opcodes[opcode] >= size // (16 * arch.warp * facts.num_warps)
+
+
 @pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel == "recurrent_verify"]))
 def test_a_state_is_multiplied_in_the_registers_that_loaded_it(facts, case):
     """On tensor cores, by products of one warp; shared memory has the outputs and no state."""
