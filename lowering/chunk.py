@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 @_inductor.symbolic_grid
-def prepare_grid(places: Any, heads: Any, meta: dict[str, Any]) -> Any:
-    return (places * heads, 1, 1)
+def prepare_grid(places: Any, value_heads: Any, meta: dict[str, Any]) -> Any:
+    return (places * (value_heads // meta["HEADS"]), 1, 1)
 
 
 @_inductor.symbolic_grid
@@ -133,7 +133,7 @@ def _call(
             "weights": weights,
         },
         _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
-        [prepare_config(dtype, gpu, tiles.BT, tiles.BK)],
+        [prepare_config(dtype, gpu, tiles.BT, tiles.BK, H, HV, places)],
         mutated=["G", "weights"],
         call_sizes=[places, HV],
         generators=generators,
@@ -192,11 +192,14 @@ def _why_pointers(in_place: bool, use_descriptors: bool) -> str | None:
     return None if fused is None else f"{fused} may be fused into the store"
 
 
-def prepare_config(dtype: torch.dtype, gpu: Gpu, BT: int, BK: int) -> Config:
+def prepare_config(
+    dtype: torch.dtype, gpu: Gpu, BT: int, BK: int, H: int, HV: int, places: Any
+) -> Config:
     """What the launcher of ``prepare_kernel`` chooses."""
-    num_warps, by_product = kernels.prepare_choice(dtype, gpu)
+    [chunks] = _inductor.hints([places])
+    choice = kernels.prepare_choice(dtype, gpu, BK, H, HV, chunks)._asdict()
     sizes = {"BT": BT, "BK": BK, "BN": kernels.PREPARE_BN}
-    return Config.of(num_warps, 1, **sizes, NORMS_BY_PRODUCT=by_product)
+    return Config.of(choice.pop("num_warps"), 1, **sizes, **choice)
 
 
 def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype, is_late: bool) -> list[Config]:

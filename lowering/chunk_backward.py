@@ -17,7 +17,7 @@ from gdn_ops.kernels.configs import gpu_at
 
 from . import _inductor
 from ._inductor import IRNode
-from .chunk import PREPARE, _fits_descriptor, prepare_config, prepare_grid, supports
+from .chunk import PREPARE, _fits_descriptor, prepare_config, supports
 from .template import Config, KernelTemplate
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -32,6 +32,11 @@ _DOT = {
 @_inductor.symbolic_grid
 def grid(sequences: Any, value_heads: Any, V: Any, meta: dict[str, Any], *, cdiv: Any) -> Any:
     return (sequences * value_heads * cdiv(V, meta["BV"]), 1, 1)
+
+
+@_inductor.symbolic_grid
+def gradients_grid(places: Any, heads: Any, meta: dict[str, Any]) -> Any:
+    return (places * heads, 1, 1)
 
 
 def _template(stage: str, module: Any, kernel: Any, grid: Any, *tile: str, output: str) -> Any:
@@ -59,7 +64,7 @@ GRADIENTS = _template(
     "gradients",
     chunk_backward_gradients,
     chunk_backward_gradients.chunk_gradients_kernel,
-    prepare_grid,
+    gradients_grid,
     *("BT", "BK"),
     output="dq",
 )
@@ -143,7 +148,11 @@ class _Call:
         inverse = PREPARE.call(
             self.named("q", "k", "g", "beta", "cu_seqlens", G=G),
             self.token_layout(self.q, self.HV, BT),
-            [prepare_config(self.q.get_dtype(), gpu, BT, self.tiles.BK)],
+            [
+                prepare_config(
+                    self.q.get_dtype(), gpu, BT, self.tiles.BK, self.H, self.HV, self.places
+                )
+            ],
             mutated=["G"],
             call_sizes=[self.places, self.HV],
             HAS_G=self.inputs["g"] is not None,

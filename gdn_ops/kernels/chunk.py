@@ -88,20 +88,43 @@ class PrepareChoice(NamedTuple):
 
     num_warps: int
     NORMS_BY_PRODUCT: bool
+    KB: int
+    STAGES: int
+    HEADS: int
 
 
-def prepare_choice(dtype: torch.dtype, gpu: Gpu) -> PrepareChoice:
-    """Warps of ``prepare_kernel``, and whether tensor cores square what it normalises.
+def prepare_choice(
+    dtype: torch.dtype, gpu: Gpu, BK: int, H: int, HV: int, places: int
+) -> PrepareChoice:
+    """Warps, tiles and heads of a program of ``prepare_kernel``.
 
-    Four warps have 16 rows each, so that all merges of the inverse but two stay inside a warp: a
-    program takes 2400 instructions and 50 barriers of each. Without tensor cores the products of
-    keys spill, with eight warps least. Squares by warp groups save 400 of 2800 instructions and 34
-    spills; before them, on sm_80, they would spill (cross-compiled, 2026-11-24).
+    Four warps have 16 rows each, so that all merges of the inverse but two stay inside a warp.
+    Squares by warp groups save 400 of 2800 instructions and 34 spills; before warp groups, on
+    sm_80, they would spill (cross-compiled, 2026-11-24).
+
+    The heads of a key head in one program take 88 us for 8192 tokens of 16 heads, with the norms
+    inside 94; one a program 104 and 116 (H200, 2026-11-25). But they wait for each other, so there
+    is one where programs would be too few: of 512 tokens 8.5 us instead of 9.6.
+
+    Args:
+        dtype: Dtype of keys and queries.
+        gpu: The GPU.
+        BK: Key size, padded.
+        H: Key heads.
+        HV: Value heads.
+        places: Chunks.
     """
     if dtype == torch.float32:
-        return PrepareChoice(8, False)
-    by_product = not gpu.arch.startswith(("sm_8", "gfx"))
-    return PrepareChoice(PREPARE_WARPS.get(gpu.arch, 4), by_product)
+        return PrepareChoice(8, False, min(BK, 32), 1, 1)
+    # Elsewhere a thread would spill, on sm_80 64 times in the loop over heads.
+    has_room = not gpu.arch.startswith(("sm_8", "gfx"))
+    heads = HV // H if has_room else 1
+    while HV // H % heads or (heads > 1 and places * HV < heads * 2 * gpu.multiprocessors):
+        heads -= 1
+    KB = min(BK, 64)
+    # A stage more than are read: all reads are then before the first product. Of four, three are.
+    stages = min(BK // KB, 3) + 1
+    return PrepareChoice(PREPARE_WARPS.get(gpu.arch, 4), has_room, KB, stages, heads)
 
 
 _gpu_at = functools.cache(gpu_at)
@@ -153,10 +176,10 @@ def prepare(
     )
     inverse = torch.empty((B, T, HV, tiles.BT), dtype=k.dtype, device=k.device)
     weights = torch.empty_like(inverse) if is_scaled else None
-    choice = prepare_choice(k.dtype, _gpu_at(k.device.index))
+    choice = prepare_choice(k.dtype, _gpu_at(k.device.index), tiles.BK, H, HV, places)
     launch(
         prepare_kernel,
-        places * HV,
+        places * (HV // choice.HEADS),
         (
             q,
             k,
@@ -189,6 +212,9 @@ def prepare(
         BT=tiles.BT,
         BK=tiles.BK,
         BN=PREPARE_BN,
+        KB=choice.KB,
+        STAGES=choice.STAGES,
+        HEADS=choice.HEADS,
         NORMS_BY_PRODUCT=choice.NORMS_BY_PRODUCT,
         num_warps=choice.num_warps,
         num_stages=1,

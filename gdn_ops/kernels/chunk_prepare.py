@@ -6,9 +6,8 @@ For the tokens i, j of a chunk, with the cumulated log decay ``G`` from the star
     A_ij = beta_i D_ij <k_i, k_j>              for j < i
     X    = (I + A)^-1
 
-One program serves a chunk and a value head. A chunk is aligned to the start of its sequence. (The
-products of keys and queries are those of all value heads of a key head; kept in registers for them
-they would crowd out the inverse, which takes four times as many instructions.)
+One program serves a chunk and HEADS value heads of a key head, one after the other: the products of
+keys and queries are theirs together. A chunk is aligned to the start of its sequence.
 
 Chunks have places, the first dimension of what is stored for each: in a batch ``cdiv(T, BT)`` for a
 sequence; of packed sequences, number n has the places from ``cu_seqlens[n] // BT + n`` on. They are
@@ -34,15 +33,15 @@ Rows of tokens past cu_seqlens[-1] belong to no chunk and stay unwritten. ``G`` 
 inputs are float32: it reaches hundreds, and exp of a float32 difference of two such sums is off by
 an order of magnitude more than the token loop.
 
-Tiles and flags: ``BT`` tokens of a chunk, 16, 32 or 64; ``BK >= K``; ``BN`` bounds read at once;
-``DOT`` the dtype of the products of keys; ``PRECISION`` the ``input_precision`` of float32
-products; NORMS_BY_PRODUCT has tensor cores square what USE_QK_L2NORM normalises.
+Tiles and flags: ``BT`` tokens of a chunk, 16, 32 or 64; ``BK >= K``, of which ``KB`` are read at
+once, STAGES ahead; ``BN`` bounds read at once; ``DOT`` the dtype of the products of keys;
+``PRECISION`` the ``input_precision`` of float32 products; NORMS_BY_PRODUCT has tensor cores square
+what USE_QK_L2NORM normalises.
 """
 
 import triton
 import triton.language as tl
 
-from .norm import inverse_norm
 from .output import store_output
 
 AXES = {
@@ -90,24 +89,35 @@ def decay_between(b_G_to, b_G_from, m_valid):
 
 
 @triton.jit
-def inverse_norms(b_x, NORMS_BY_PRODUCT: tl.constexpr):
-    """``inverse_norm`` of rows; with NORMS_BY_PRODUCT from the diagonal of their product."""
-    if not NORMS_BY_PRODUCT:
-        b_scale = inverse_norm(b_x.to(tl.float32))
-    else:
-        o_i = tl.arange(0, b_x.shape[0])
-        b_xx = tl.where(o_i[:, None] == o_i[None, :], tl.dot(b_x, tl.trans(b_x)), 0.0)
-        b_scale = tl.rsqrt(tl.sum(b_xx, 1) + 1e-6)
-    return b_scale
+def squares_of_rows(b_x):
+    """Sums over the last dimension, in float32."""
+    b_x = b_x.to(tl.float32)
+    return tl.sum(b_x * b_x, 1)
+
+
+@triton.jit
+def diagonal(b_x):
+    """Of a square tile."""
+    o_i = tl.arange(0, b_x.shape[0])
+    return tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_x, 0.0), 1)
+
+
+@triton.jit
+def round_operand(b_x):
+    """A float32 operand, rounded to bfloat16: that, and the same as float32.
+
+    Rounded as an integer: the conversion and its reverse take a slow unit, one number at a time.
+    """
+    b_rounded = (b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+    b_rounded = b_rounded.to(tl.float32, bitcast=True)
+    return b_rounded.to(tl.bfloat16), b_rounded
 
 
 @triton.jit
 def split_operand(b_x):
     """A float32 operand as a sum of two of bfloat16, which have 16 of its 24 digits."""
-    # Rounded as an integer: the conversion and its reverse take a slow unit, one number at a time.
-    b_rounded = (b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
-    b_rounded = b_rounded.to(tl.float32, bitcast=True)
-    return b_rounded.to(tl.bfloat16), (b_x - b_rounded).to(tl.bfloat16)
+    b_high, b_rounded = round_operand(b_x)
+    return b_high, (b_x - b_rounded).to(tl.bfloat16)
 
 
 @triton.jit
@@ -117,15 +127,16 @@ def is_lower_block(o_i, o_j, n: tl.constexpr):
 
 
 @triton.jit
-def merge_blocks(b_X, b_L, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """From inverses of diagonal blocks those of blocks of twice the size, ``X + X L X``.
+def merge_blocks(b_X, n, m_low, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """Of inverses of diagonal blocks of ``I - N`` those of blocks of twice the size.
 
-    ``b_L`` is minus what is below the diagonal blocks in the larger ones. The inverse of
-    ``[[a, 0], [b, c]]`` has ``- c^-1 b a^-1`` below its diagonal.
+    The inverse of ``[[a, 0], [-b, c]]`` has ``c^-1 b a^-1`` below its diagonal, in ``X N X`` where
+    ``m_low`` is. The operand in memory is first N, then X, and both can be there before either
+    product: of ``X (N X)`` the second would have to wait for the result of the first to be stored.
     """
     x = b_X.to(OPERAND)
-    b_Y = tl.dot(b_L.to(OPERAND), x, input_precision=PRECISION)
-    return tl.dot(x, b_Y.to(OPERAND), b_X, input_precision=PRECISION)
+    b_Y = tl.where(m_low, tl.dot(x, n, input_precision=PRECISION), 0.0)
+    return tl.dot(b_Y.to(OPERAND), x, b_X, input_precision=PRECISION)
 
 
 @triton.jit
@@ -143,8 +154,10 @@ def invert_diagonal(b_N, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     o_c = tl.arange(0, 16)[None, None, :]
     b_X = tl.where(o_r == o_c, 1.0, tl.where(o_r // 2 == o_c // 2, b_D, 0.0))
     for i in tl.static_range(1, 4):
+        x = b_X.to(OPERAND)
         b_L = tl.where(is_lower_block(o_r, o_c, 2**i), b_D, 0.0)
-        b_X = merge_blocks(b_X, b_L, OPERAND, PRECISION)
+        b_Y = tl.dot(b_L.to(OPERAND), x, input_precision=PRECISION)
+        b_X = tl.dot(x, b_Y.to(OPERAND), b_X, input_precision=PRECISION)
     return tl.reshape(b_X, (BT, 16))
 
 
@@ -154,33 +167,47 @@ def invert_chunk(b_A, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constex
 
     Merging is stable. Powers of the whole of A, the other way without a loop, cancel: they reach
     thousands where the keys of a chunk are alike. Merges of bfloat16 leave an error of a percent,
-    and a step of Newton, ``X + X (I - (I + A) X)`` with A in two parts, its square: with reflected
+    and a step of Newton, ``X + (I - X (I + A)) X`` with A in two parts, its square: with reflected
     keys that are alike an error of 3e-3, which float16 needs a second step for.
     """
     OPERAND: tl.constexpr = tl.float32 if DOT.is_fp32() else tl.bfloat16
     o_i = tl.arange(0, BT)[:, None]
     o_j = tl.arange(0, BT)[None, :]
     b_N = -b_A
+    if DOT.is_fp32():
+        n = b_N
+    else:
+        n, dn = split_operand(b_N)
     b_X = invert_diagonal(b_N, OPERAND, PRECISION)
     if BT > 16:
         # Each block beside itself BT / 16 times, by a product: elsewhere it would move in memory.
         b_E = tl.where(tl.arange(0, 16)[:, None] == o_j % 16, 1.0, 0.0)
         b_X = tl.dot(b_X.to(OPERAND), b_E.to(OPERAND), input_precision=PRECISION)
         b_X = tl.where(o_i // 16 == o_j // 16, b_X, 0.0)
-        b_L = tl.where(is_lower_block(o_i, o_j, 16), b_N, 0.0)
-        b_X = merge_blocks(b_X, b_L, OPERAND, PRECISION)
+        b_X = merge_blocks(b_X, n, is_lower_block(o_i, o_j, 16), OPERAND, PRECISION)
     if BT == 64:
-        b_L = tl.where(is_lower_block(o_i, o_j, 32), b_N, 0.0)
-        b_X = merge_blocks(b_X, b_L, OPERAND, PRECISION)
+        b_X = merge_blocks(b_X, n, is_lower_block(o_i, o_j, 32), OPERAND, PRECISION)
     if not DOT.is_fp32():
-        n, dn = split_operand(b_N)
         for _ in tl.static_range(2 if DOT.is_fp16() else 1):
-            x = b_X.to(OPERAND)
-            b_X = x.to(tl.float32)
-            b_R = tl.dot(dn, x, tl.where(o_i == o_j, 1.0, 0.0) - b_X)
-            b_R = tl.dot(n, x, b_R)
-            b_X = tl.dot(x, b_R.to(OPERAND), b_X)
+            x, b_X = round_operand(b_X)
+            b_R = tl.dot(x, dn, -b_X)
+            b_R = tl.dot(x, n, b_R)
+            # I comes last: as the start of the sum it would be 32 registers throughout the loop.
+            b_R = tl.where(o_i == o_j, b_R + 1.0, b_R)
+            b_X = tl.dot(b_R.to(OPERAND), x, b_X)
     return b_X
+
+
+@triton.jit
+def load_gates(p_g, p_beta, m_t, m_2, HAS_G: tl.constexpr, HAS_BETA: tl.constexpr):
+    """Log decays ``[BT]``, and ``[2 * BT]`` of beta, each twice; zero where absent."""
+    b_g = tl.zeros(m_t.shape, tl.float32)
+    b_beta_2 = tl.zeros(m_2.shape, tl.float32)
+    if HAS_G:
+        b_g = tl.load(p_g, m_t, 0.0)
+    if HAS_BETA:
+        b_beta_2 = tl.load(p_beta, m_2, 0.0)
+    return b_g, b_beta_2
 
 
 @triton.jit
@@ -226,15 +253,19 @@ def prepare_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
+    KB: tl.constexpr,
+    STAGES: tl.constexpr,
+    HEADS: tl.constexpr,
     NORMS_BY_PRODUCT: tl.constexpr,
 ):
-    """One chunk of one value head; the grid is ``places * HV``."""
+    """One chunk of HEADS value heads; the grid is ``places * HV // HEADS``."""
     tl.static_assert(BK >= K and (BT == 16 or BT == 32 or BT == 64))
-    i_hv = tl.program_id(0) % HV
-    i_h = i_hv // (HV // H)
-    i_c = tl.program_id(0) // HV
+    tl.static_assert(HV // H % HEADS == 0)
+    i_first = tl.program_id(0) % (HV // HEADS) * HEADS
+    i_h = i_first // (HV // H)
+    i_c = tl.program_id(0) // (HV // HEADS)
     if IS_VARLEN:
-        N = tl.num_programs(0) // HV - tl.cdiv(T, BT)
+        N = tl.num_programs(0) // (HV // HEADS) - tl.cdiv(T, BT)
         i_n, i_chunk = find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT, BN)
         i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
         i_b = i_c.to(tl.int64) * 0
@@ -244,91 +275,115 @@ def prepare_kernel(
         i_start = 0
         length = T
     o_i = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
     m_t = i_chunk * BT + o_i < length
     o_t = (i_start + i_chunk * BT + o_i).to(tl.int64)
-    m_k = m_t[:, None] & (o_k < K)[None, :]
-
-    # All loads before the first product: those of g and beta after it took 10 of 131 us.
+    # Of a load of BT of beta each thread would do its own again for the columns.
+    o_2 = i_chunk * BT + tl.arange(0, 2 * BT) // 2
+    m_2 = o_2 < length
+    p_g = g
+    p_beta = beta
     if HAS_G:
-        p_g = g + i_b * stride_g_b + o_t * stride_g_t + i_hv * stride_g_h
-        b_g = tl.load(p_g, m_t, 0.0).to(G.dtype.element_ty)
-        # exp of this is zero in float32. Beyond it, sums would only lose digits, or be NaN.
-        b_g = tl.where(b_g < -104.0, -104.0, b_g)
-    else:
-        b_g = tl.zeros((BT,), G.dtype.element_ty)
+        p_g += i_b * stride_g_b + o_t * stride_g_t + i_first * stride_g_h
     if HAS_BETA:
-        # Of a load of BT each thread would do its own again for the columns.
-        o_2 = i_chunk * BT + tl.arange(0, 2 * BT) // 2
-        p_beta = beta + i_b * stride_beta_b + i_hv * stride_beta_h
-        p_beta += (i_start + o_2).to(tl.int64) * stride_beta_t
-        b_beta_2 = tl.load(p_beta, o_2 < length, 0.0).to(tl.float32)
-    p_k = k + i_b * stride_k_b + o_t[:, None] * stride_k_t + i_h * stride_k_h + o_k * stride_k_k
-    b_k = tl.load(p_k, m_k, 0.0).to(DOT)
+        p_beta += i_b * stride_beta_b + (i_start + o_2).to(tl.int64) * stride_beta_t
+        p_beta += i_first * stride_beta_h
+    # Before the first product: after it they took 10 of 131 us.
+    b_g_next, b_beta_next = load_gates(p_g, p_beta, m_t, m_2, HAS_G, HAS_BETA)
+
+    p_k = k + i_b * stride_k_b + o_t[:, None] * stride_k_t + i_h * stride_k_h
+    p_q = q
     if USE_QK_L2NORM or IS_SCALED:
-        p_q = q + i_b * stride_q_b + o_t[:, None] * stride_q_t + i_h * stride_q_h + o_k * stride_q_k
-        b_q = tl.load(p_q, m_k, 0.0).to(DOT)
-    b_KK = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    if IS_SCALED:
-        b_QK = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if USE_QK_L2NORM:
-        b_q_scale = inverse_norms(b_q, NORMS_BY_PRODUCT)
-        b_k_scale = inverse_norms(b_k, NORMS_BY_PRODUCT)
-        # The rows' are in b_A and b_P: here they would stay in registers for longer.
-        b_KK *= b_k_scale[None, :]
+        p_q += i_b * stride_q_b + o_t[:, None] * stride_q_t + i_h * stride_q_h
+    b_KK = tl.zeros((BT, BT), tl.float32)
+    b_QK = b_KK
+    b_QQ = b_KK
+    b_k_squares = tl.zeros((BT,), tl.float32)
+    b_q_squares = b_k_squares
+    for i_k in tl.range(0, BK, KB, num_stages=STAGES):
+        o_k = i_k + tl.arange(0, KB)
+        m_k = m_t[:, None] & (o_k < K)[None, :]
+        b_k = tl.load(p_k + o_k[None, :] * stride_k_k, m_k, 0.0).to(DOT)
+        b_KK = tl.dot(b_k, tl.trans(b_k), b_KK, input_precision=PRECISION)
+        if USE_QK_L2NORM or IS_SCALED:
+            b_q = tl.load(p_q + o_k[None, :] * stride_q_k, m_k, 0.0).to(DOT)
         if IS_SCALED:
-            b_QK *= b_k_scale[None, :]
+            b_QK = tl.dot(b_q, tl.trans(b_k), b_QK, input_precision=PRECISION)
+        if USE_QK_L2NORM and NORMS_BY_PRODUCT:
+            b_QQ = tl.dot(b_q, tl.trans(b_q), b_QQ, input_precision=PRECISION)
+        if USE_QK_L2NORM and not NORMS_BY_PRODUCT:
+            b_k_squares += squares_of_rows(b_k)
+            b_q_squares += squares_of_rows(b_q)
+    if USE_QK_L2NORM:
+        if NORMS_BY_PRODUCT:
+            b_k_squares = diagonal(b_KK)
+            b_q_squares = diagonal(b_QQ)
+        b_k_scale = tl.rsqrt(b_k_squares + 1e-6)
+        b_q_scale = tl.rsqrt(b_q_squares + 1e-6)
+        b_KK *= b_k_scale[None, :] * b_k_scale[:, None]
+        b_QK *= b_k_scale[None, :] * b_q_scale[:, None]
     b_KK = tl.where(o_i[:, None] > o_i[None, :], b_KK, 0.0)
-    m_pairs = o_i[:, None] >= o_i[None, :]
+    if IS_SCALED:
+        b_QK = tl.where(o_i[:, None] >= o_i[None, :], b_QK, 0.0)
     ROWS: tl.constexpr = 3 if USE_QK_L2NORM else (2 if IS_SCALED else 1)
 
     if i_chunk * BT < length:
-        b_G = tl.cumsum(b_g, 0)
-        p_G = G + (i_c.to(tl.int64) * HV + i_hv) * (ROWS * BT) + o_i
-        if IS_SCALED:
-            b_last = tl.sum(b_g, 0) * 1.4426950408889634
-            b_row = tl.exp2((b_G * 1.4426950408889634).to(tl.float32))
-            if USE_QK_L2NORM:
-                b_row *= b_q_scale
-                tl.store(p_G + BT, tl.where(m_t, b_k_scale / b_q_scale, 0.0))
-            tl.store(p_G, tl.where(m_t, b_row, 0.0))
-            tl.store(p_G + (ROWS - 1) * BT, tl.exp2(b_last + tl.zeros_like(b_G)))
-        else:
-            tl.store(p_G, tl.where(m_t, b_G, 0.0))
-            if USE_QK_L2NORM:
-                b_Gq = b_G + tl.log(b_q_scale.to(b_G.dtype))
-                b_Gk = b_G + tl.log(b_k_scale.to(b_G.dtype))
-                tl.store(p_G + BT, tl.where(m_t, b_Gq, 0.0))
-                tl.store(p_G + 2 * BT, tl.where(m_t, b_Gk, 0.0))
-        b_G *= 1.4426950408889634
-        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs)
-        b_A = b_KK * b_D
-        if USE_QK_L2NORM:
-            b_A *= b_k_scale[:, None]
-        if HAS_BETA:
-            b_beta, _ = tl.split(tl.reshape(b_beta_2, (BT, 2)))
-            b_A *= b_beta[:, None]
-        if IS_SCALED:
-            b_P = b_QK * b_D
-            if USE_QK_L2NORM:
-                b_P *= b_q_scale[:, None]
-            b_P = b_P.to(DOT)
-        b_X = invert_chunk(b_A, BT, DOT, PRECISION)
-        if IS_SCALED:
+        for i_head in range(HEADS):
+            i_hv = i_first + i_head
+            b_g = b_g_next.to(G.dtype.element_ty)
+            # exp of this is zero in float32. Beyond it, sums would only lose digits, or be NaN.
+            b_g = tl.where(b_g < -104.0, -104.0, b_g)
+            b_beta_2 = b_beta_next.to(tl.float32)
+            if HEADS > 1:
+                if HAS_G:
+                    p_g += stride_g_h
+                if HAS_BETA:
+                    p_beta += stride_beta_h
+                is_next = i_head + 1 < HEADS
+                b_g_next, b_beta_next = load_gates(
+                    p_g, p_beta, m_t & is_next, m_2 & is_next, HAS_G, HAS_BETA
+                )
+            b_G = tl.cumsum(b_g, 0)
+            b_sum = tl.sum(b_g, 0) * 1.4426950408889634
+            b_G2 = b_G * 1.4426950408889634
+            p_G = G + (i_c.to(tl.int64) * HV + i_hv) * (ROWS * BT) + o_i
+            if IS_SCALED:
+                b_row = tl.exp2(b_G2.to(tl.float32))
+                if USE_QK_L2NORM:
+                    b_row *= b_q_scale
+                    tl.store(p_G + BT, tl.where(m_t, b_k_scale / b_q_scale, 0.0))
+                tl.store(p_G, tl.where(m_t, b_row, 0.0))
+                tl.store(p_G + (ROWS - 1) * BT, tl.exp2(b_sum + tl.zeros_like(b_G)))
+            else:
+                tl.store(p_G, tl.where(m_t, b_G, 0.0))
+                if USE_QK_L2NORM:
+                    b_Gq = b_G + tl.log(b_q_scale.to(b_G.dtype))
+                    b_Gk = b_G + tl.log(b_k_scale.to(b_G.dtype))
+                    tl.store(p_G + BT, tl.where(m_t, b_Gq, 0.0))
+                    tl.store(p_G + 2 * BT, tl.where(m_t, b_Gk, 0.0))
+            # Above the diagonal, where the products are zero, any number but infinity is as good.
+            b_D = tl.exp2(tl.minimum(b_G2[:, None] - b_G2[None, :], 0.0).to(tl.float32))
+            b_A = b_KK * b_D
             if HAS_BETA:
-                b_X *= b_beta[None, :]
-            b_W = tl.dot(b_P, b_X.to(DOT), input_precision=PRECISION)
-            p_W = weights + ((i_b * T + i_start + i_chunk * BT) * HV + i_hv) * BT
-            p_W += o_i[:, None] * (HV * BT) + o_i[None, :]
-            tl.store(p_W, b_W.to(weights.dtype.element_ty), m_t[:, None])
-            b_tail = tl.exp2((b_last - b_G).to(tl.float32))
-            if USE_QK_L2NORM:
-                b_tail *= b_k_scale
-            b_X *= b_tail[:, None]
-        store_output(
-            inverse,
-            (i_b, o_t[:, None], i_hv, o_i[None, :]),
-            (stride_inverse_b, stride_inverse_t, stride_inverse_h, stride_inverse_j),
-            b_X,
-            m_t[:, None] & (o_i < BT)[None, :],
-        )
+                b_beta, _ = tl.split(tl.reshape(b_beta_2, (BT, 2)))
+                b_A *= b_beta[:, None]
+            if IS_SCALED:
+                b_P = (b_QK * b_D).to(DOT)
+            b_X = invert_chunk(b_A, BT, DOT, PRECISION)
+            if IS_SCALED:
+                if HAS_BETA:
+                    b_X *= b_beta[None, :]
+                b_W = tl.dot(b_P, b_X.to(DOT), input_precision=PRECISION)
+                p_W = weights + ((i_b * T + i_start + i_chunk * BT) * HV + i_hv) * BT
+                p_W += o_i[:, None] * (HV * BT) + o_i[None, :]
+                tl.store(p_W, b_W.to(weights.dtype.element_ty), m_t[:, None])
+                b_tail = tl.exp2((b_sum - b_G2).to(tl.float32))
+                if USE_QK_L2NORM:
+                    b_tail *= b_k_scale
+                b_X *= b_tail[:, None]
+            store_output(
+                inverse,
+                (i_b, o_t[:, None], i_hv, o_i[None, :]),
+                (stride_inverse_b, stride_inverse_t, stride_inverse_h, stride_inverse_j),
+                b_X,
+                m_t[:, None] & (o_i < BT)[None, :],
+            )
