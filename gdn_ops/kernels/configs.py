@@ -111,11 +111,12 @@ class VerifyTiles(NamedTuple):
     num_warps: int
 
 
-# From how many tokens of a row on it is to be faster than one token after the other, by bytes of a
-# number of the state: by the static model, which has 8 tokens of 64 rows at 37 us against 84 with
-# bfloat16 states and 73 against 121 with float32, and 4 tokens of float32 at no gain. The times of
-# a GPU have not been measured.
-VERIFY_TOKENS = {2: 4, 4: 8}
+# From how many tokens of a row on tensor cores are faster than one token after the other, by bytes
+# of a number of the state. us for 2, 4 and 8 tokens of 64 rows, one after the other / tensor cores:
+# float32 76 / 86, 99 / 90, 150 / 117; bfloat16 56 / 56, 80 / 61, 129 / 67 (H200, 2026-11-25). Tiles
+# of 32 rows took 107 for 8 tokens of float32, 46 and 56 for 2 and 4 of bfloat16, but their results
+# have not been checked on a GPU.
+VERIFY_TOKENS = {2: 4, 4: 4}
 
 
 def verify_tiles(

@@ -179,6 +179,10 @@ def recurrent_kernel(
         step = ROW if ROW else stride_state_v
         p_s += o_v[:, None] * step + o_k[None, :] * stride_state_k
         b_s = tl.load(p_s, m_s & is_live, 0.0).to(tl.float32)
+    if BV > 4:
+        # No load of a token comes before, nor what is computed from it: ptxas would put the norms
+        # between the loads of the state. Of few rows all loads are early, and a token's earlier.
+        tl.debug_barrier()
     p_f = final_state + i_hv * stride_final_state_h
     step = ROW if ROW else stride_final_state_v
     p_f += o_v[:, None] * step + o_k[None, :] * stride_final_state_k
@@ -257,8 +261,8 @@ def _launch(
     is_pool: bool,
     scale: float | None,
     use_qk_l2norm: bool,
-    null_index: int,
-    exact: bool,
+    null_index: int = -1,
+    exact: bool = False,
 ) -> Tensor:
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -337,14 +341,7 @@ def recurrent(
     shape = (N, v.shape[2], v.shape[3], q.shape[3])
     final_state = torch.empty(shape, dtype=dtype, device=q.device)
     tensors = (q, k, v, g, beta, initial_state, final_state, None, None, cu_seqlens, None)
-    o = _launch(
-        *tensors,
-        is_pool=False,
-        scale=scale,
-        use_qk_l2norm=use_qk_l2norm,
-        null_index=-1,
-        exact=False,
-    )
+    o = _launch(*tensors, is_pool=False, scale=scale, use_qk_l2norm=use_qk_l2norm)
     return o, final_state
 
 
