@@ -53,14 +53,31 @@ def serving(
 @functools.cache
 def compiled(backend: str) -> Callable[..., Tensor]:
     """``serving``, compiled: on a GPU one kernel of gates, and the operator's with the norm."""
-    return torch.compile(serving, fullgraph=True, dynamic=True, backend=backend)
+    # One code serves all rows of an operator, but each kind of row is compiled for itself.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(serving, fullgraph=True, backend=backend)
 
 
 def make_call_with_gates(row: Row, case: Case) -> Call:
-    """A call from what a convolution leaves and from raw gates, as a compiled layer makes it."""
+    """A call from what a convolution leaves and from raw gates, as a compiled layer makes it.
+
+    As in a model that is served, sizes of heads are fixed; batch and, of a prefill, tokens are not.
+    """
     operator = gdn_ops.recurrent_ if row.name in ONE_STEP else gdn_ops.chunk_
     function = compiled("inductor" if case.pool.is_cuda else "aot_eager")
     gates = case.a, case.b, case.A_log, case.dt_bias
     states = state_arguments(row, case)
     raw = case.raw
+    for x in (*raw, case.a, case.b):
+        _make_dynamic(x, 0)
+        if row.name not in ONE_STEP:
+            _make_dynamic(x, 1)
+    for x in states:
+        _make_dynamic(x, 0)
     return lambda: function(operator, raw, gates, *states)
+
+
+def _make_dynamic(x: Tensor, dim: int) -> None:
+    """What is one is always compiled for one."""
+    if x.shape[dim] > 1:
+        torch._dynamo.mark_dynamic(x, dim)
