@@ -114,7 +114,7 @@ def _call(
         "DOT": str(dtype).replace("torch", "tl"),
         "PRECISION": repr(kernels.PRECISION),
     }
-    generators = _generators(T)
+    generators = _generators(q, cu_seqlens, indices)
 
     chunks = FloorDiv(T + tiles.BT - 1, tiles.BT)
     places = B * chunks if cu_seqlens is None else chunks + cu_seqlens.get_size()[0] - 1
@@ -214,11 +214,13 @@ def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype, is_late: bool) -> li
     return [Config.of(warps, stages, BV=BV, **sizes) for BV, warps, stages in choices]
 
 
-def _generators(T: Any) -> dict[str, Any]:
+def _generators(q: IRNode, cu_seqlens: IRNode | None, indices: IRNode | None) -> dict[str, Any]:
     """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
     zeros = _inductor.same_number(0)
+    B, T = q.get_size()[:2]
+    N = B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
     return {
-        "state": _inductor.few_slots(1),
+        "state": _inductor.few_slots(N if indices is None else 1),
         "state_indices": zeros,
         "read_indices": zeros,
         "cu_seqlens": _inductor.even_bounds(T),

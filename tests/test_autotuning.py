@@ -11,7 +11,11 @@ import gdn_ops
 from lowering import _inductor
 from lowering.fake_gpu import generate
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU"),
+    # Inductor asks for a storage so, where it makes what it times choices on.
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
 
 H, HV, K, V, D, W = 2, 4, 64, 64, 64, 4
 SLOTS = 4096
@@ -38,13 +42,19 @@ def _doubled_chunk_(*args):
     return gdn_ops.chunk_(*args) * 2
 
 
+def _doubled_chunk(*args):
+    o, final_state = gdn_ops.chunk(*args)
+    return o * 2, final_state
+
+
 TABLE = torch.arange(12, dtype=torch.int32).view(3, 4)
 # Each with the slots that its rows read: one for all by index, else one each.
 CALLS = {
     "recurrent_": (lambda: _step(indices([3, 1, -1])), 1),
     "recurrent_ of every row": (_step, 3),
     "recurrent_ by table": (lambda: _step(TABLE, indices([1, 4, 2]), T=4), 1),
-    "recurrent_ packed": (lambda: _step(None, None, cu_seqlens([5, 0, 9]), B=1, T=20), 3),
+    # Of few tokens a row: more have a kernel of their own, and one choice.
+    "recurrent_ packed": (lambda: _step(None, None, cu_seqlens([3, 0, 2]), B=1, T=6), 3),
     "recurrent packed": (
         lambda: (
             gdn_ops.recurrent,
@@ -58,6 +68,18 @@ CALLS = {
             (*_tokens(2, 70), make_state(SLOTS, HV, V, K), indices([3, 1])),
         ),
         1,
+    ),
+    "chunk_ of every row": (
+        lambda: (_doubled_chunk_, (*_tokens(2, 70), make_state(SLOTS, HV, V, K), None)),
+        2,
+    ),
+    "chunk": (lambda: (_doubled_chunk, (*_tokens(2, 70), make_state(2, HV, V, K))), 2),
+    "chunk packed": (
+        lambda: (
+            _doubled_chunk,
+            (*_tokens(1, 70), make_state(3, HV, V, K), cu_seqlens([30, 0, 40])),
+        ),
+        3,
     ),
     "causal_conv1d_": (
         lambda: (
@@ -78,12 +100,16 @@ CALLS = {
 
 def _selections(call, **options):
     """For each template of a call: its choices, its inputs, and what they would be timed on."""
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache  # noqa: TID251
+
     function, args = call()
     seen = []
 
     def select(name, choices, inputs, layout, input_gen_fns=None, **_):
+        assert len({x.get_name() for x in inputs}) == len(inputs)
         with _inductor._OnCpu():
-            scratch = {i: make(inputs[i]) for i, make in (input_gen_fns or {}).items()}
+            timed = AlgorithmSelectorCache.get_inputs(choices, inputs, layout, input_gen_fns)
+        scratch = timed.triton.input_tensors
         seen.append(([choice.description for choice in choices], inputs, scratch))
         return choices[0].output_node()
 
@@ -105,14 +131,18 @@ def test_one_choice_is_made_without_timing_and_a_few_are_timed_on_request(call):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_pool_is_timed_as_scratch_of_the_slots_that_are_read(call):
-    """Not of the size of the pool, and not of fewer slots than a kernel reaches."""
+def test_states_are_timed_as_scratch_of_the_slots_that_are_reached(call):
+    """Not of the size of the pool, and not of fewer slots than a kernel reads or writes."""
     make, slots = CALLS[call]
     *_, (_, inputs, scratch) = _selections(make, max_autotune=True)
-    (place,) = [i for i, x in scratch.items() if x.is_floating_point()]
-    pool, state = inputs[place], scratch.pop(place)
-    assert state.shape == (slots, *pool.get_size()[1:])
-    assert state.stride() == tuple(pool.get_stride())
-    assert state.dtype == pool.get_dtype()
-    for i, x in scratch.items():
-        assert (x.shape, x.dtype) == (tuple(inputs[i].get_size()), inputs[i].get_dtype())
+    states = 0
+    for x, timed in zip(inputs, scratch, strict=True):
+        first, *rest = x.get_size()
+        if rest in ([HV, V, K], [D, W - 1]):
+            first, states = slots, states + 1
+        assert timed.shape == (first, *rest)
+        assert timed.stride() == tuple(x.get_stride())
+        assert timed.dtype == x.get_dtype()
+    # What is not updated in place is read in one tensor and written to another.
+    operator = make()[0].__name__
+    assert states == (1 if operator.endswith("_") else 2)
