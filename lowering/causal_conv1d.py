@@ -10,7 +10,7 @@ from gdn_ops.kernels.configs import next_power_of_2
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
-from .template import Config, KernelTemplate
+from .template import Config, KernelTemplate, require_cuda
 
 
 @_inductor.symbolic_grid
@@ -40,9 +40,7 @@ def supports(x: IRNode) -> None:
     Raises:
         Unsupported: with the reason.
     """
-    device = x.get_device()
-    if device is None or device.type != "cuda":
-        raise Unsupported(f"there are no kernels for {device}")
+    require_cuda(x)
     if x.get_dtype() == torch.float64:
         raise Unsupported("the kernels compute in float32; pass x in a smaller dtype")
 

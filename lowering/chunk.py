@@ -14,7 +14,7 @@ from gdn_ops.kernels.configs import Gpu, gpu_at
 
 from . import _inductor, epilogue
 from ._inductor import IRNode, Unsupported
-from .template import Config, KernelTemplate
+from .template import Config, KernelTemplate, require_cuda
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,14 @@ def supports(q: IRNode, g: IRNode | None) -> None:
     Raises:
         Unsupported: with the reason.
     """
-    device = _inductor.device(q)
-    if device.type != "cuda":
-        raise Unsupported(f"there are no kernels for {device.type}")
+    require_cuda(q)
     if q.get_dtype() == torch.float64:
         raise Unsupported("the kernels compute in float32; pass q in a smaller dtype")
     if g is not None and len(g.get_size()) == 4:
-        raise Unsupported("the kernels have one decay per head; g has one per key channel")
+        raise Unsupported(
+            "the kernels have one decay per head; pass g of shape [B, T, HV], or call recurrent or "
+            "recurrent_, whose kernel takes one per key channel"
+        )
 
 
 def _fits_descriptor(x: IRNode) -> bool:

@@ -13,7 +13,7 @@ from gdn_ops.kernels.configs import VerifyTiles, next_power_of_2, recurrent_tile
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
-from .template import Config, KernelTemplate
+from .template import Config, KernelTemplate, require_cuda
 
 
 @_inductor.symbolic_grid
@@ -46,8 +46,7 @@ def supports(q: IRNode) -> None:
     Raises:
         Unsupported: with the reason.
     """
-    if _inductor.device(q).type != "cuda":
-        raise Unsupported(f"there are no kernels for {_inductor.device(q).type}")
+    require_cuda(q)
     if q.get_dtype() == torch.float64:
         raise Unsupported("the kernels compute in float32; pass q in a smaller dtype")
 

@@ -23,6 +23,20 @@ from ._inductor import IRNode
 log = logging.getLogger(__name__)
 
 
+def require_cuda(x: IRNode) -> None:
+    """Raise for a tensor where there are no kernels.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+    device = _inductor.device(x)
+    if device.type != "cuda":
+        raise _inductor.Unsupported(
+            f"there are no kernels for {device.type}; move the inputs to a CUDA device, or keep "
+            "the eager operator"
+        )
+
+
 @dataclass(frozen=True)
 class Config:
     """Tiles, warps and stages of one choice."""

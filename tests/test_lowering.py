@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import cu_seqlens, indices, make_inputs, make_state
+from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_state
 from torch.nn.functional import silu
 
 import gdn_ops
@@ -226,15 +226,36 @@ def test_the_log_tells_what_was_chosen_and_what_was_fused(caplog):
     assert "prims.convert_element_type" in told
 
 
-def test_float64_falls_back_and_says_what_to_change(caplog):
-    def layer(*tokens):
-        return gdn_ops.recurrent(*tokens)
-
+@pytest.mark.parametrize(
+    ("operator", "inputs", "remedy"),
+    [
+        ("recurrent", {"dtype": torch.float64}, "pass q in a smaller dtype"),
+        ("chunk", {"dtype": torch.float64}, "pass q in a smaller dtype"),
+        ("chunk", {"kda": True}, "pass g of shape [B, T, HV], or call recurrent or recurrent_"),
+    ],
+    ids=["recurrent-float64", "chunk-float64", "chunk-decay-per-channel"],
+)
+def test_what_no_kernel_serves_falls_back_and_says_what_to_change(operator, inputs, remedy, caplog):
     rules._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="lowering"):
-        (module,) = generate(layer, _tokens(2, 3, torch.float64))
-    assert "torch.ops.gdn.recurrent.default(" in module.code
-    assert "smaller dtype" in caplog.text
+        (module,) = generate(getattr(gdn_ops, operator), make_inputs(2, 3, H, HV, K, V, **inputs))
+    assert f"torch.ops.gdn.{operator}.default(" in module.code
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert said.startswith(f"gdn::{operator} stays an opaque call: the kernels ")
+    assert remedy in said
+
+
+@pytest.mark.parametrize("operator", ["chunk", "causal_conv1d"])
+def test_on_a_cpu_the_log_says_where_there_are_kernels(operator, caplog):
+    inputs = make_inputs(1, 3, H, HV, K, V) if operator == "chunk" else make_convolution(1, 3, 8, 4)
+    rules._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="lowering"), torch.no_grad():
+        torch.compile(getattr(gdn_ops, operator), fullgraph=True)(*inputs)
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "lowering.rules"]
+    assert said == (
+        f"gdn::{operator} stays an opaque call: there are no kernels for cpu; move the inputs to a "
+        "CUDA device, or keep the eager operator"
+    )
 
 
 @torch.compiler.config.patch(cache_key_tag="mine")
