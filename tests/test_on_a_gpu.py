@@ -228,6 +228,11 @@ def _call_of(operator):
     ["recurrent_", "recurrent", "chunk_", "chunk", "causal_conv1d_", "causal_conv1d"],
 )
 def test_a_call_from_python_takes_less_than_30_us(operator, unfilled):
+    """In the least of 60 rounds, which take more than a second.
+
+    A round is slower where others keep the host of a virtual machine busy, and those do so for
+    longer than a few rounds take: one operator had 42 us in each of 9, and 26 us minutes later.
+    """
     call = _call_of(operator)
 
     def microseconds(calls=200):
@@ -240,7 +245,11 @@ def test_a_call_from_python_takes_less_than_30_us(operator, unfilled):
         return 1e6 * spent / calls
 
     microseconds()
-    assert min(microseconds() for _ in range(9)) < 30
+    rounds = []
+    for _ in range(60):
+        rounds.append(microseconds())
+        time.sleep(0.02)
+    assert min(rounds) < 30
 
 
 def test_planned_prefills_on_two_streams_keep_their_memory_apart(unfilled):
