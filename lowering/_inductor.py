@@ -206,35 +206,6 @@ def hints(sizes: Sequence[Any]) -> list[int]:
     return [V.graph.sizevars.optimization_hint(size, fallback=64) for size in sizes]
 
 
-def same_number(value: int) -> Callable[[IRNode], torch.Tensor]:
-    """For timing: indices that are all ``value``."""
-    return lambda x: torch.full(
-        hints(x.get_size()), value, dtype=x.get_dtype(), device=x.get_device()
-    )
-
-
-def even_bounds(tokens: Any) -> Callable[[IRNode], torch.Tensor]:
-    """For timing: packed sequences of one length."""
-
-    def make(x: IRNode) -> torch.Tensor:
-        (count,), (end,) = hints(x.get_size()), hints([tokens])
-        return torch.linspace(0, end, count, device=x.get_device()).to(x.get_dtype())
-
-    return make
-
-
-def few_slots(count: Any) -> Callable[[IRNode], torch.Tensor]:
-    """For timing: a pool of ``count`` slots with the strides of the caller's, never his own."""
-
-    def make(x: IRNode) -> torch.Tensor:
-        size = hints([count, *x.get_size()[1:]])
-        strides = hints(x.get_stride())
-        pool = torch.empty_strided(size, strides, dtype=x.get_dtype(), device=device(x))
-        return pool.normal_()
-
-    return make
-
-
 # Generated code without a GPU: for lowering/generated.py and lowering/fake_gpu.py only. What these
 # functions import is not needed by a lowering, which should not wait for it.
 

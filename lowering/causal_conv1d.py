@@ -8,7 +8,7 @@ from gdn_ops.kernels import causal_conv1d as kernels
 from gdn_ops.kernels.causal_conv1d_tiles import causal_conv1d_config
 from gdn_ops.kernels.configs import next_power_of_2
 
-from . import _inductor
+from . import _inductor, timing
 from ._inductor import IRNode, Unsupported
 from .template import Config, KernelTemplate, require_cuda
 
@@ -119,10 +119,10 @@ def _call(
 def _generators(x: IRNode, sequences: Any, indices: IRNode | None) -> dict[str, Any]:
     """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
     return {
-        "state": _inductor.few_slots(sequences if indices is None else 1),
-        "state_indices": _inductor.same_number(0),
-        "num_accepted_tokens": _inductor.same_number(1),
-        "cu_seqlens": _inductor.even_bounds(x.get_size()[1]),
+        "state": timing.few_slots(sequences if indices is None else 1),
+        "state_indices": timing.same_number(0),
+        "num_accepted_tokens": timing.same_number(1),
+        "cu_seqlens": timing.even_bounds(x.get_size()[1]),
     }
 
 

@@ -12,7 +12,7 @@ from gdn_ops.kernels import chunk as kernels
 from gdn_ops.kernels import chunk_prepare, chunk_scan
 from gdn_ops.kernels.configs import Gpu, gpu_at
 
-from . import _inductor, epilogue
+from . import _inductor, epilogue, timing
 from ._inductor import IRNode, Unsupported
 from .template import Config, KernelTemplate, require_cuda
 
@@ -217,14 +217,14 @@ def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype, is_late: bool) -> li
 
 def _generators(q: IRNode, cu_seqlens: IRNode | None, indices: IRNode | None) -> dict[str, Any]:
     """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
-    zeros = _inductor.same_number(0)
+    zeros = timing.same_number(0)
     B, T = q.get_size()[:2]
     N = B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
     return {
-        "state": _inductor.few_slots(N if indices is None else 1),
+        "state": timing.few_slots(N if indices is None else 1),
         "state_indices": zeros,
         "read_indices": zeros,
-        "cu_seqlens": _inductor.even_bounds(T),
+        "cu_seqlens": timing.even_bounds(T),
     }
 
 

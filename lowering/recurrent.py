@@ -11,7 +11,7 @@ from gdn_ops.kernels import recurrent as kernels
 from gdn_ops.kernels import recurrent_verify as verify
 from gdn_ops.kernels.configs import VerifyTiles, next_power_of_2, recurrent_tiles, verify_tiles
 
-from . import _inductor
+from . import _inductor, timing
 from ._inductor import IRNode, Unsupported
 from .template import Config, KernelTemplate, require_cuda
 
@@ -169,15 +169,15 @@ def _call_verify(
 
 def _generators(q: IRNode, cu_seqlens: IRNode | None, table: IRNode | None) -> dict[str, Any]:
     """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
-    zeros = _inductor.same_number(0)
+    zeros = timing.same_number(0)
     B, T = q.get_size()[:2]
     N = B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
     return {
-        "state": _inductor.few_slots(N if table is None else 1),
+        "state": timing.few_slots(N if table is None else 1),
         "state_indices": zeros,
         "read_indices": zeros,
-        "num_accepted_tokens": _inductor.same_number(1),
-        "cu_seqlens": _inductor.even_bounds(T),
+        "num_accepted_tokens": timing.same_number(1),
+        "cu_seqlens": timing.even_bounds(T),
     }
 
 
