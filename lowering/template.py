@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import _inductor
+from . import _inductor, timing
 from ._inductor import IRNode
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class KernelTemplate:
             tensors: All tensors of the signature, None where absent; the main output only where the
                 kernel stores it itself, and not by ``store_output``.
             layout: Of the main output; of an output in its place that is never written, else.
-            configs: Choices; more than one is timed.
+            configs: Choices; more than one is timed, or the first taken where none can be.
             mutated: Names of tensors that the kernel writes.
             aliases: Tensors that are another one under a second name, ``{"final_state": "state"}``.
             call_sizes: What the grid is computed from.
@@ -111,6 +111,9 @@ class KernelTemplate:
         ranks = tuple((name, len(x.get_size())) for name, x in present.items())
         template = self._template(ranks, tuple((aliases or {}).items()))
         nodes = list(present.values())
+        makers = {name: make for name, make in (generators or {}).items() if name in present}
+        if not all(timing.can_be_made(present[name]) for name in makers):
+            configs = configs[:1]
         choices: list[Any] = []
         errors = [
             template.maybe_append_choice(
@@ -128,7 +131,7 @@ class KernelTemplate:
         ]
         if not choices:
             raise _inductor.Unsupported(f"no configuration serves it ({errors[0]})")
-        inputs = {list(present).index(x): f for x, f in (generators or {}).items() if x in present}
+        inputs = {list(present).index(name): make for name, make in makers.items()}
         node = _inductor.select(self.name, choices, nodes, layout, inputs)
         if log.isEnabledFor(logging.DEBUG):
             served = [str(c) for c, error in zip(configs, errors, strict=True) if error is None]

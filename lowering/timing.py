@@ -1,27 +1,49 @@
 """Inputs on which ``max_autotune`` times choices, each made from the node in whose place it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]  # it has no stubs
 import torch
 
 from . import _inductor
 from ._inductor import IRNode
 
 
+def can_be_made(x: IRNode) -> bool:
+    """Whether scratch may stand for ``x``: a template adds an offset itself, past its end."""
+    return _inductor.is_known(sympy.Eq(x.get_layout().offset, 0))
+
+
+def _scratch(x: IRNode, size: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory with the strides of ``x``, and all of it flat, to be filled.
+
+    Elements of an expanded tensor share memory, and torch fills no such tensor.
+    """
+    sizes, strides = _inductor.hints(size), _inductor.hints(x.get_stride())
+    made = torch.empty_strided(sizes, strides, dtype=x.get_dtype(), device=_inductor.device(x))
+    elements = made.untyped_storage().nbytes() // made.element_size()
+    return made, made.as_strided([elements], [1])
+
+
 def same_number(value: int) -> Callable[[IRNode], torch.Tensor]:
     """Indices that are all ``value``."""
-    return lambda x: torch.full(
-        _inductor.hints(x.get_size()), value, dtype=x.get_dtype(), device=x.get_device()
-    )
+
+    def make(x: IRNode) -> torch.Tensor:
+        indices, flat = _scratch(x, x.get_size())
+        flat.fill_(value)
+        return indices
+
+    return make
 
 
 def even_bounds(tokens: Any) -> Callable[[IRNode], torch.Tensor]:
     """Packed sequences of one length."""
 
     def make(x: IRNode) -> torch.Tensor:
-        (count,), (end,) = _inductor.hints(x.get_size()), _inductor.hints([tokens])
-        return torch.linspace(0, end, count, device=x.get_device()).to(x.get_dtype())
+        bounds, _ = _scratch(x, x.get_size())
+        [end] = _inductor.hints([tokens])
+        return bounds.copy_(torch.linspace(0, end, len(bounds), device=bounds.device))
 
     return make
 
@@ -30,9 +52,8 @@ def few_slots(count: Any) -> Callable[[IRNode], torch.Tensor]:
     """A pool of ``count`` slots with the strides of the caller's, never his own."""
 
     def make(x: IRNode) -> torch.Tensor:
-        size = _inductor.hints([count, *x.get_size()[1:]])
-        strides = _inductor.hints(x.get_stride())
-        pool = torch.empty_strided(size, strides, dtype=x.get_dtype(), device=_inductor.device(x))
-        return pool.normal_()
+        pool, flat = _scratch(x, [count, *x.get_size()[1:]])
+        flat.normal_()
+        return pool
 
     return make

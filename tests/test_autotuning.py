@@ -47,10 +47,15 @@ def _doubled_chunk(*args):
     return o * 2, final_state
 
 
+def _chunk_of_one_state(q, k, v, g, beta, state):
+    return _doubled_chunk(q, k, v, g, beta, state.expand(len(q), -1, -1, -1))
+
+
 TABLE = torch.arange(12, dtype=torch.int32).view(3, 4)
 # Each with the slots that its rows read: one for all by index, else one each.
 CALLS = {
     "recurrent_": (lambda: _step(indices([3, 1, -1])), 1),
+    "recurrent_ by a column": (lambda: _step(TABLE[:, 0]), 1),
     "recurrent_ of every row": (_step, 3),
     "recurrent_ by table": (lambda: _step(TABLE, indices([1, 4, 2]), T=4), 1),
     # Of few tokens a row: more have a kernel of their own, and one choice.
@@ -74,6 +79,10 @@ CALLS = {
         2,
     ),
     "chunk": (lambda: (_doubled_chunk, (*_tokens(2, 70), make_state(2, HV, V, K))), 2),
+    "chunk of one state": (
+        lambda: (_chunk_of_one_state, (*_tokens(2, 70), make_state(1, HV, V, K))),
+        2,
+    ),
     "chunk packed": (
         lambda: (
             _doubled_chunk,
@@ -146,3 +155,17 @@ def test_states_are_timed_as_scratch_of_the_slots_that_are_reached(call):
     # What is not updated in place is read in one tensor and written to another.
     operator = make()[0].__name__
     assert states == (1 if operator.endswith("_") else 2)
+
+
+@pytest.mark.parametrize(("layer", "first_slot"), [(1, 0), (0, 1)], ids=["pool", "slots"])
+def test_what_lies_at_an_offset_is_not_timed(layer, first_slot):
+    """A kernel adds the offset itself, and would read and write past the end of scratch."""
+
+    def step(q, k, v, g, beta, pools, slots):
+        return gdn_ops.recurrent_(q, k, v, g, beta, pools[layer], slots[first_slot:])
+
+    pools = make_state(2 * 9, HV, V, K).view(2, 9, HV, V, K)
+    slots = indices([3, 1, 2, 4][: 3 + first_slot])
+    args = (*_tokens(3, 1), pools, slots)
+    ((choices, *_),) = _selections(lambda: (step, args), max_autotune=True)
+    assert len(choices) == 1
