@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
+import sympy  # type: ignore[import-untyped]  # it has no stubs
 import torch
 from torch._inductor import config, ir, lowering
 from torch._inductor.lowering import (
@@ -145,6 +146,23 @@ def static_int(size: Any) -> int:
 def is_known(condition: Any) -> bool:
     """Whether a relation of sizes is known to hold, without a guard."""
     return bool(V.graph.sizevars.statically_known_true(condition))
+
+
+def is_multiple(stride: Any, of: int, sizes: Sequence[Any]) -> bool:
+    """Whether a stride is a multiple of ``of``: known, or of the example and then guarded.
+
+    Guarded is a stride that is a number of its own, as those of a view are in a function that is
+    compiled with dynamic shapes; not one that follows from ``sizes``, which would have a guard for
+    each length.
+    """
+    relation = sympy.Eq(sympy.Mod(stride, of), 0)
+    if is_known(relation):
+        return True
+    known = {symbol for size in sizes for symbol in sympy.sympify(size).free_symbols}
+    sizevars = V.graph.sizevars
+    if not isinstance(stride, sympy.Symbol) or stride in known or sizevars.shape_env.frozen:
+        return False
+    return bool(sizevars.guard_or_false(relation))
 
 
 def may_autotune() -> bool:

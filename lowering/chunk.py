@@ -66,12 +66,18 @@ def supports(q: IRNode, g: IRNode | None) -> None:
 
 def _fits_descriptor(x: IRNode) -> bool:
     """Whether every row of every head is known to start and end at a multiple of 16 bytes."""
-    size = x.get_dtype().itemsize
-    *outer, inner = x.get_stride()
-    at = [*outer, x.get_size()[3], x.get_layout().offset]
+    count = 16 // x.get_dtype().itemsize
+    sizes, (batch, tokens, heads, inner) = x.get_size(), x.get_stride()
+    known = (
+        sympy.Eq(inner, 1),
+        *(sympy.Eq(n % count, 0) for n in (sizes[3], x.get_layout().offset)),
+    )
+    # Rows that fit make a batch of whole rows fit.
+    is_whole = sympy.And(sympy.Ne(tokens, 0), sympy.Eq(batch, x.get_size()[1] * tokens))
     return (
-        _inductor.is_known(sympy.Eq(inner, 1))
-        and all(_inductor.is_known(sympy.Eq(step * size % 16, 0)) for step in at)
+        all(_inductor.is_known(relation) for relation in known)
+        and all(_inductor.is_multiple(step, count, sizes) for step in (tokens, heads))
+        and (_inductor.is_known(is_whole) or _inductor.is_multiple(batch, count, sizes))
         and _inductor.is_aligned(x)
     )
 

@@ -137,3 +137,16 @@ def test_packed_rows_do_not_synchronise_forward_or_backward(name):
         assert not [call for call in library_calls(module.code) if "ops.gdn." in call]
         for word in (".item()", ".tolist()", ".cpu()", "synchronize"):
             assert word not in module.code
+
+
+@pytest.mark.parametrize(("padding", "fits"), [(8, True), (4, False)])
+def test_rows_of_unknown_stride_are_read_by_descriptors_where_they_end_at_16_bytes(padding, fits):
+    """Compiled with dynamic shapes a stride is a symbol: that of the example is looked at."""
+    q, k, v, g, beta = _tokens(70)
+
+    def padded(x):
+        row = torch.zeros(B, 70, x[0, 0].numel() + padding, dtype=BF16)
+        return row[..., : x[0, 0].numel()].view(x.shape)
+
+    [module] = generate(gdn_ops.chunk, (padded(q), padded(k), padded(v), g, beta), dynamic=True)
+    assert (f"USE_DESCRIPTORS : tl.constexpr = {fits}") in module.code
