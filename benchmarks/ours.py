@@ -40,14 +40,18 @@ def make_call(row: Row, case: Case) -> Call:
 
 def serving(
     operator: Callable[..., Tensor],
-    qkv: tuple[Tensor, Tensor, Tensor],
+    heads: tuple[int, int, int, int],
+    qkv: Tensor,
     gates: tuple[Tensor, Tensor, Tensor, Tensor],
     *states: Tensor,
 ) -> Tensor:
     """What a layer computes between its convolution and its gated norm."""
+    H, K, HV, V = heads
+    q, k, v = qkv.split((H * K, H * K, HV * V), dim=-1)
+    tokens = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
     a, b, A_log, dt_bias = gates
     g, beta = gdn_ops.gdn_gate(a, A_log, dt_bias), b.float().sigmoid()
-    return operator(*qkv, g, beta, *states, use_qk_l2norm=True)
+    return operator(*tokens, g, beta, *states, use_qk_l2norm=True)
 
 
 @functools.cache
@@ -67,14 +71,14 @@ def make_call_with_gates(row: Row, case: Case) -> Call:
     function = compiled("inductor" if case.pool.is_cuda else "aot_eager")
     gates = case.a, case.b, case.A_log, case.dt_bias
     states = state_arguments(row, case)
-    raw = case.raw
-    for x in (*raw, case.a, case.b):
+    heads = *case.q.shape[2:], *case.v.shape[2:]
+    for x in (case.qkv, case.a, case.b):
         _make_dynamic(x, 0)
         if row.name not in ONE_STEP:
             _make_dynamic(x, 1)
     for x in states:
         _make_dynamic(x, 0)
-    return lambda: function(operator, raw, gates, *states)
+    return lambda: function(operator, heads, case.qkv, gates, *states)
 
 
 def _make_dynamic(x: Tensor, dim: int) -> None:
