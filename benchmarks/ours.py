@@ -56,7 +56,7 @@ def serving(
 
 @functools.cache
 def compiled(backend: str) -> Callable[..., Tensor]:
-    """``serving``, compiled: on a GPU one kernel of gates, and the operator's with the norm."""
+    """``serving``, compiled: on a GPU two small kernels of gates, and the operator's."""
     # One code serves all rows of an operator, but each kind of row is compiled for itself.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(serving, fullgraph=True, backend=backend)
