@@ -1,0 +1,79 @@
+"""``mode="reduce-overhead"`` on a GPU: everything is captured, and does what eager operators do."""
+
+import pytest
+import torch
+from inputs import indices, make_convolution, make_inputs, make_state
+from torch._dynamo.utils import counters
+
+import gdn_ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    # With an empty graph torch's CUDA-graph trees keep their memory.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
+
+H, HV, K, V, D = 4, 8, 128, 128, 512
+SLOTS = (5, 0, 2)
+
+
+@pytest.fixture(autouse=True)
+def cuda(device):
+    """Skips on a CPU, as every test of this file needs a GPU."""
+    if device != "cuda":
+        pytest.skip("needs a CUDA device")
+    torch.compiler.reset()
+    counters.clear()
+
+
+def _tokens(T):
+    return make_inputs(3, T, H, HV, K, V, torch.bfloat16, device="cuda")
+
+
+def _assert_close(actual, expected):
+    assert (actual - expected).norm() <= 2**-7 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["prefill", "convolution"])
+def test_steps_on_a_static_pool_are_captured(kind):
+    if kind == "prefill":
+        arguments = (*_tokens(200), indices(SLOTS, device="cuda"))
+        first = make_state(6, HV, V, K, device="cuda")
+
+        def step(pool, q, k, v, g, beta, slots):
+            return gdn_ops.chunk_(q, k, v, g, beta, pool, slots)
+
+    else:
+        x, weight, bias = make_convolution(3, 200, D, 4, torch.bfloat16, device="cuda")
+        arguments = (x, weight, bias, indices(SLOTS, device="cuda"))
+        first = torch.randn(6, D, 3, dtype=torch.bfloat16, device="cuda")
+
+        def step(pool, x, weight, bias, slots):
+            return gdn_ops.causal_conv1d_(x, weight, bias, pool, slots, activation="silu")
+
+    pools = [first, first.clone()]
+    torch._dynamo.mark_static_address(pools[1], guard=False)
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        expected = step(pools[0], *arguments)
+        torch.compiler.cudagraph_mark_step_begin()
+        _assert_close(compiled(pools[1], *arguments), expected)
+        _assert_close(pools[1], pools[0])
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_a_training_step_is_captured():
+    tokens = _tokens(200)
+
+    def step(call):
+        leaves = [x.detach().clone().requires_grad_() for x in tokens]
+        torch.compiler.cudagraph_mark_step_begin()
+        o, _ = call(*leaves)
+        return torch.autograd.grad(o.float().square().sum(), leaves)
+
+    expected = step(gdn_ops.chunk)
+    compiled = torch.compile(gdn_ops.chunk, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        for x, y in zip(step(compiled), expected, strict=True):
+            _assert_close(x, y)
+    assert counters["inductor"]["cudagraph_skips"] == 0
