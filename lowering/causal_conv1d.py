@@ -99,7 +99,7 @@ def _call(
         mutated=["state" if in_place else "final_state"],
         aliases={"final_state": "state"} if in_place else None,
         call_sizes=[sequences, T, D],
-        generators=_generators(x, sequences, tensors["state_indices"]),
+        generators=timing.of_rows(x, cu_seqlens, tensors["state_indices"]),
         null_index=null_index,
         D=D,
         W=W,
@@ -114,16 +114,6 @@ def _call(
         IS_WEIGHT_DENSE=is_dense(weight),
         BC=next_power_of_2(columns if is_verify else W - 1),
     )
-
-
-def _generators(x: IRNode, sequences: Any, indices: IRNode | None) -> dict[str, Any]:
-    """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
-    return {
-        "state": timing.few_slots(sequences if indices is None else 1),
-        "state_indices": timing.same_number(0),
-        "num_accepted_tokens": timing.same_number(1),
-        "cu_seqlens": timing.even_bounds(x.get_size()[1]),
-    }
 
 
 def lower(

@@ -73,7 +73,7 @@ def _fits_descriptor(x: IRNode) -> bool:
         *(sympy.Eq(n % count, 0) for n in (sizes[3], x.get_layout().offset)),
     )
     # Rows that fit make a batch of whole rows fit.
-    is_whole = sympy.And(sympy.Ne(tokens, 0), sympy.Eq(batch, x.get_size()[1] * tokens))
+    is_whole = sympy.And(sympy.Ne(tokens, 0), sympy.Eq(batch, sizes[1] * tokens))
     return (
         all(_inductor.is_known(relation) for relation in known)
         and all(_inductor.is_multiple(step, count, sizes) for step in (tokens, heads))
@@ -121,7 +121,7 @@ def _call(
         "DOT": str(dtype).replace("torch", "tl"),
         "PRECISION": repr(kernels.PRECISION),
     }
-    generators = _generators(q, cu_seqlens, indices)
+    generators = timing.of_rows(q, cu_seqlens, indices)
 
     chunks = FloorDiv(T + tiles.BT - 1, tiles.BT)
     places = B * chunks if cu_seqlens is None else chunks + cu_seqlens.get_size()[0] - 1
@@ -219,19 +219,6 @@ def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype, is_late: bool) -> li
         choices += [c for c in others if c[0] <= tiles.BV and c not in choices]
     sizes = {"BT": tiles.BT, "BK": tiles.BK}
     return [Config.of(warps, stages, BV=BV, **sizes) for BV, warps, stages in choices]
-
-
-def _generators(q: IRNode, cu_seqlens: IRNode | None, indices: IRNode | None) -> dict[str, Any]:
-    """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
-    zeros = timing.same_number(0)
-    B, T = q.get_size()[:2]
-    N = B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
-    return {
-        "state": timing.few_slots(N if indices is None else 1),
-        "state_indices": zeros,
-        "read_indices": zeros,
-        "cu_seqlens": timing.even_bounds(T),
-    }
 
 
 def lower(

@@ -89,7 +89,7 @@ def _call(
         mutated=["state" if in_place else "final_state"],
         aliases={"final_state": "state"} if in_place else None,
         call_sizes=[sequences, HV, V],
-        generators=_generators(q, cu_seqlens, table),
+        generators=timing.of_rows(q, cu_seqlens, table),
         scale=K**-0.5 if scale is None else scale,
         null_index=null_index,
         H=H,
@@ -165,20 +165,6 @@ def _call_verify(
         HAS_READ_INDICES=tensors["read_indices"] is not None,
         IS_VARLEN=bounds is not None,
     )
-
-
-def _generators(q: IRNode, cu_seqlens: IRNode | None, table: IRNode | None) -> dict[str, Any]:
-    """Inputs for timing: valid slots and bounds, and a pool of no more slots than are read."""
-    zeros = timing.same_number(0)
-    B, T = q.get_size()[:2]
-    N = B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
-    return {
-        "state": timing.few_slots(N if table is None else 1),
-        "state_indices": zeros,
-        "read_indices": zeros,
-        "num_accepted_tokens": timing.same_number(1),
-        "cu_seqlens": timing.even_bounds(T),
-    }
 
 
 def lower(

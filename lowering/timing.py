@@ -57,3 +57,24 @@ def few_slots(count: Any) -> Callable[[IRNode], torch.Tensor]:
         return pool
 
     return make
+
+
+def of_rows(x: IRNode, cu_seqlens: IRNode | None, indices: IRNode | None) -> dict[str, Any]:
+    """What makes the states of an operator and all that says which rows reach which of them.
+
+    Slots and bounds are valid, and a pool has no more slots than are reached.
+
+    Args:
+        x: A tensor with the operator's batch and tokens, ``[B, T, ...]``.
+        cu_seqlens: The bounds of packed sequences; None: not packed.
+        indices: The slots of rows; None: each has its own.
+    """
+    B, T = x.get_size()[:2]
+    N = B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
+    return {
+        "state": few_slots(N if indices is None else 1),
+        "state_indices": same_number(0),
+        "read_indices": same_number(0),
+        "num_accepted_tokens": same_number(1),
+        "cu_seqlens": even_bounds(T),
+    }
