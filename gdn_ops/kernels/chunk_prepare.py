@@ -42,6 +42,7 @@ what USE_QK_L2NORM normalises.
 import triton
 import triton.language as tl
 
+from .norm import inverse_root, squares
 from .output import store_output
 
 AXES = {
@@ -86,13 +87,6 @@ def find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT: tl.constexpr, BN: tl
 def decay_between(b_G_to, b_G_from, m_valid):
     """``2 ** (b_G_to - b_G_from)``, zero outside the mask, which comes before the power."""
     return tl.exp2(tl.where(m_valid, b_G_to - b_G_from, float("-inf")).to(tl.float32))
-
-
-@triton.jit
-def squares_of_rows(b_x):
-    """Sums over the last dimension, in float32."""
-    b_x = b_x.to(tl.float32)
-    return tl.sum(b_x * b_x, 1)
 
 
 @triton.jit
@@ -311,14 +305,14 @@ def prepare_kernel(
         if USE_QK_L2NORM and NORMS_BY_PRODUCT:
             b_QQ = tl.dot(b_q, tl.trans(b_q), b_QQ, input_precision=PRECISION)
         if USE_QK_L2NORM and not NORMS_BY_PRODUCT:
-            b_k_squares += squares_of_rows(b_k)
-            b_q_squares += squares_of_rows(b_q)
+            b_k_squares += squares(b_k.to(tl.float32))
+            b_q_squares += squares(b_q.to(tl.float32))
     if USE_QK_L2NORM:
         if NORMS_BY_PRODUCT:
             b_k_squares = diagonal(b_KK)
             b_q_squares = diagonal(b_QQ)
-        b_k_scale = tl.rsqrt(b_k_squares + 1e-6)
-        b_q_scale = tl.rsqrt(b_q_squares + 1e-6)
+        b_k_scale = inverse_root(b_k_squares)
+        b_q_scale = inverse_root(b_q_squares)
         b_KK *= b_k_scale[None, :] * b_k_scale[:, None]
         b_QK *= b_k_scale[None, :] * b_q_scale[:, None]
     b_KK = tl.where(o_i[:, None] > o_i[None, :], b_KK, 0.0)

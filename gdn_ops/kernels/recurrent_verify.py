@@ -31,6 +31,7 @@ from torch import Tensor
 from .chunk_prepare import load_bounds
 from .configs import VerifyTiles, cdiv
 from .launch import launch, strides
+from .norm import inverse_root
 from .output import store_output
 
 AXES = {
@@ -268,9 +269,9 @@ def recurrent_verify_kernel(
         b_scale = tl.where(is_query, scale, 1.0)
         if USE_QK_L2NORM:
             m_same = o_r[:, None] == o_r[None, :]
-            b_norm = tl.rsqrt(tl.sum(tl.where(m_same, b_G, 0.0), 0) + 1e-6)
+            b_norm = inverse_root(tl.sum(tl.where(m_same, b_G, 0.0), 0))
             b_scale *= b_norm
-            b_G *= tl.rsqrt(tl.sum(tl.where(m_same, b_G, 0.0), 1) + 1e-6)[:, None]
+            b_G *= inverse_root(tl.sum(tl.where(m_same, b_G, 0.0), 1))[:, None]
         b_G *= b_scale[None, :]
         b_x *= b_scale[None, :]
 
