@@ -8,6 +8,12 @@ from torch import Tensor
 from benchmarks.rows import HEADS, Heads, Row
 
 
+def split_heads(qkv: Tensor, H: int, K: int, HV: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``q k v`` as views of what a convolution leaves, ``[N, T, 2 * H * K + HV * V]``."""
+    q, k, v = qkv.split((H * K, H * K, HV * V), dim=-1)
+    return q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
+
+
 @dataclass
 class Case:
     """Tensors of one call. Contenders share them, so those that update the pool share that too.
@@ -37,10 +43,7 @@ class Case:
     @property
     def raw(self) -> tuple[Tensor, Tensor, Tensor]:
         """``q k v`` as views of ``qkv``."""
-        N, T, HV, V = self.v.shape
-        H, K = self.q.shape[2:]
-        q, k, v = self.qkv.split((H * K, H * K, HV * V), dim=-1)
-        return q.view(N, T, H, K), k.view(N, T, H, K), v.view(N, T, HV, V)
+        return split_heads(self.qkv, *self.q.shape[2:], *self.v.shape[2:])
 
     @property
     def read(self) -> Tensor:

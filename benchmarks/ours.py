@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from benchmarks.cases import Case
+from benchmarks.cases import Case, split_heads
 from benchmarks.contender import Call, gradients, tokens_of
 from benchmarks.rows import ONE_STEP, Row
 
@@ -46,9 +46,7 @@ def serving(
     *states: Tensor,
 ) -> Tensor:
     """What a layer computes between its convolution and its gated norm."""
-    H, K, HV, V = heads
-    q, k, v = qkv.split((H * K, H * K, HV * V), dim=-1)
-    tokens = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
+    tokens = split_heads(qkv, *heads)
     a, b, A_log, dt_bias = gates
     g, beta = gdn_ops.gdn_gate(a, A_log, dt_bias), b.float().sigmoid()
     return operator(*tokens, g, beta, *states, use_qk_l2norm=True)
