@@ -44,6 +44,14 @@ def device(request):
     return request.param
 
 
+@pytest.fixture
+def cuda(device):
+    """Skips on a CPU; nothing is compiled before."""
+    if device != "cuda":
+        pytest.skip("needs a CUDA device")
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nan_filled_empties():
     """Fill what ``torch.empty`` and its kin return with NaN: what is left unwritten is seen."""

@@ -9,21 +9,13 @@ import gdn_ops
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("cuda"),
     # With an empty graph torch's CUDA-graph trees keep their memory.
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
 ]
 
 H, HV, K, V, D = 4, 8, 128, 128, 512
 SLOTS = (5, 0, 2)
-
-
-@pytest.fixture(autouse=True)
-def cuda(device):
-    """Skips on a CPU, as every test of this file needs a GPU."""
-    if device != "cuda":
-        pytest.skip("needs a CUDA device")
-    torch.compiler.reset()
-    counters.clear()
 
 
 def _tokens(T):
@@ -53,6 +45,7 @@ def test_steps_on_a_static_pool_are_captured(kind):
 
     pools = [first, first.clone()]
     torch._dynamo.mark_static_address(pools[1], guard=False)
+    counters.clear()
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
         expected = step(pools[0], *arguments)
@@ -72,6 +65,7 @@ def test_a_training_step_is_captured():
         return torch.autograd.grad(o.float().square().sum(), leaves)
 
     expected = step(gdn_ops.chunk)
+    counters.clear()
     compiled = torch.compile(gdn_ops.chunk, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
         for x, y in zip(step(compiled), expected, strict=True):

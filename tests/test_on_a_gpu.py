@@ -10,19 +10,10 @@ from tolerance import assert_as_accurate_as_plain, assert_bitwise_equal, witness
 
 import gdn_ops
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
 H, HV, K, V = 4, 8, 128, 128
 SIZES = (H, HV, K, V)
-
-
-@pytest.fixture(autouse=True)
-def cuda(device):
-    """Skips on a CPU, as every test of this file needs a GPU."""
-    if device != "cuda":
-        pytest.skip("needs a CUDA device")
-    torch.compiler.reset()
-    return device
 
 
 def _gated(operator, z):
