@@ -52,11 +52,11 @@ def supports(q: IRNode) -> None:
 
 
 def _configs(K: int, V: int, state: IRNode, heads: int | None) -> list[Config]:
-    tiles = recurrent_tiles(K, V, state.get_dtype().itemsize, heads, is_generated=True)
+    tiles = recurrent_tiles(K, V, state.get_dtype().itemsize, heads)
     choices = [(tiles.BV, tiles.num_warps)]
     if _inductor.may_autotune():
         choices += [(b, w) for b, w in ((2 * tiles.BV, 1), (4 * tiles.BV, 2)) if b <= V]
-    fixed = {"ROW": 0, "STREAM": tiles.stream, "BK": next_power_of_2(K)}
+    fixed = {"STREAM": tiles.stream, "BK": next_power_of_2(K)}
     return [Config.of(w, 1, BV=b, **fixed) for b, w in choices]
 
 

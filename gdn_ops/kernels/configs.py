@@ -44,35 +44,27 @@ def next_power_of_2(n: int) -> int:
 
 
 class RecurrentTiles(NamedTuple):
-    """Tiles of ``recurrent_kernel``, and how it reaches the states."""
+    """Tiles of ``recurrent_kernel``, and how it writes the states."""
 
     BV: int
     num_warps: int
     stream: bool  # states are written past the caches
-    has_row: bool  # the stride of a state's rows is compiled in
 
 
 @functools.cache
-def recurrent_tiles(
-    K: int, V: int, state_bytes: int, heads: int | None, is_generated: bool = False
-) -> RecurrentTiles:
+def recurrent_tiles(K: int, V: int, state_bytes: int, heads: int | None) -> RecurrentTiles:
     """Small tiles, one warp, many programs: 16 bytes a lane.
 
-    Rows of 128 numbers on an H200 (Triton 3.6, 2026-11-24, us for 1, 16, 64, 256 and 1024 rows of
+    Rows of 128 numbers on an H200 (Triton 3.6, 2026-11-25, us for 1, 16, 64, 256 and 1024 rows of
     32 heads; the copy's floor is 1, 16, 64, 255, 1018 for float32, half for bfloat16):
 
-        float32    4 rows, past the caches      3.1   19.5   73     277   1091
-                   8 rows                       4.0   20.3   72.7   272   1067
-                   8 rows, stride compiled in   3.9   20.5   73     270   1064
-                   16 rows                      4.2   20.6   71.8   269   1061
-                   16 rows, stride compiled in  5.6   22     78     284   1094
-        bfloat16   4 rows, past the caches      2.7   12.7   45     167    669
-                   8 rows, past the caches      3.1   11.0   38.2   146    593
-                   16 rows, stride compiled in  3.2   12.6   40     143    553 to 581
-                   16 rows                      4.0   12.6   44     157    605 to 623
-
-    They depend on whether ptxas puts the loads of a state before its arithmetic: with the offset of
-    a row added in a statement of its own it does not, and the last but one line is 170 and 655.
+        float32    4 rows, past the caches      3.2   19.2   69.8   274   1092
+                   8 rows                       3.9   19.7   69.5   267   1061
+                   16 rows                      4.2   20.6   71.1   272   1080
+        bfloat16   4 rows, past the caches      2.6   12.5   42.5   165    653
+                   8 rows, past the caches      2.8   11.1   37.1   142    559
+                   16 rows                      3.5   11.5   37.2   139    544
+                   32 rows                      4.1   13.7   44.3   160    626
 
     Args:
         K: Key size.
@@ -80,21 +72,19 @@ def recurrent_tiles(
         state_bytes: Bytes of a number of the state.
         heads: States in the call. None: one tile for all, where a state is written for each token
             or the bits of a token are to depend on nothing but its inputs.
-        is_generated: All strides are compiled in.
     """
     width = next_power_of_2(K)
     rows = 4096 // state_bytes // width if state_bytes < 8 else 512 // width
-    stream = has_row = False
+    stream = False
     if heads is not None and state_bytes <= 4:
         megabytes = heads * V * width * state_bytes / 2**20
         stream = megabytes <= (48 if state_bytes == 4 else 100)
         if stream:
             rows = 8 if state_bytes == 2 and megabytes > 4 else 4
         else:
-            rows = 8 if state_bytes == 4 and is_generated else 16
+            rows = 8 if state_bytes == 4 else 16
         rows = rows * 128 // width
-        has_row = state_bytes == 2 and not stream
-    return RecurrentTiles(min(max(1, rows), next_power_of_2(V)), 1, stream, has_row)
+    return RecurrentTiles(min(max(1, rows), next_power_of_2(V)), 1, stream)
 
 
 class VerifyTiles(NamedTuple):
@@ -112,11 +102,11 @@ class VerifyTiles(NamedTuple):
 
 
 # From how many tokens of a row on tensor cores are faster than one token after the other, by bytes
-# of a number of the state. us for 2, 4 and 8 tokens of 64 rows, one after the other / tensor cores:
-# float32 76 / 86, 99 / 90, 150 / 117; bfloat16 56 / 56, 80 / 61, 129 / 67 (H200, 2026-11-25). Tiles
-# of 32 rows took 107 for 8 tokens of float32, 46 and 56 for 2 and 4 of bfloat16, but their results
-# have not been checked on a GPU.
-VERIFY_TOKENS = {2: 4, 4: 4}
+# of a number of the state. us for 2, 4 and 8 tokens of 64 rows on an H200 (2026-11-25), one after
+# the other / tensor cores with 16 / 32 rows of the state:
+#     float32    76 / 86 / 84     99 / 90 / 94    150 / 117 / 107
+#     bfloat16   56 / 56 / 46     80 / 61 / 56    129 / 67 / 73
+VERIFY_TOKENS = {2: 2, 4: 4}
 
 
 def verify_tiles(
@@ -145,7 +135,7 @@ def verify_tiles(
         BR=max(16, 2 * BT),
         BK=BK,
         KB=min(BK, 64 // state.itemsize),
-        BV=16,
+        BV=32 if (state.itemsize, BT) in ((2, 4), (4, 8)) else 16,
         # Between two blocks of tokens the state is float32.
         STATE_PARTS=parts[state] if rows is None else 3,
         TOKEN_PARTS=parts[token],

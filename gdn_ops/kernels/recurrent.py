@@ -118,7 +118,6 @@ def recurrent_kernel(
     HAS_READ_INDICES: tl.constexpr,
     IS_VARLEN: tl.constexpr,
     EXACT: tl.constexpr,  # a token's bits depend on nothing but its inputs and the state before it
-    ROW: tl.constexpr,  # the stride of a state's rows where it is compiled in, else 0
     STREAM: tl.constexpr,  # states are written past the caches
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -176,16 +175,14 @@ def recurrent_kernel(
     b_s = tl.zeros([BV, BK], tl.float32)
     if HAS_STATE:
         p_s = state + i_read * stride_state_n + i_hv * stride_state_h
-        step = ROW if ROW else stride_state_v
-        p_s += o_v[:, None] * step + o_k[None, :] * stride_state_k
+        p_s += o_v[:, None] * stride_state_v + o_k[None, :] * stride_state_k
         b_s = tl.load(p_s, m_s & is_live, 0.0).to(tl.float32)
     if BV > 4:
         # No load of a token comes before, nor what is computed from it: ptxas would put the norms
         # between the loads of the state. Of few rows all loads are early, and a token's earlier.
         tl.debug_barrier()
     p_f = final_state + i_hv * stride_final_state_h
-    step = ROW if ROW else stride_final_state_v
-    p_f += o_v[:, None] * step + o_k[None, :] * stride_final_state_k
+    p_f += o_v[:, None] * stride_final_state_v + o_k[None, :] * stride_final_state_k
 
     p_q = q + i_b * stride_q_b + i_h * stride_q_h + o_k * stride_q_k
     p_k = k + i_b * stride_k_b + i_h * stride_k_h + o_k * stride_k_k
@@ -271,7 +268,6 @@ def _launch(
     is_table = state_indices is not None and state_indices.dim() == 2
     size = final_state.dtype.itemsize
     tiles = recurrent_tiles(K, V, size, None if exact or is_table else N * HV)
-    row = final_state.stride(2) if tiles.has_row and is_pool else 0
     slots = (state_indices, num_accepted_tokens, cu_seqlens, read_indices)
     tensors = (q, k, v, g, beta, state, final_state, *slots, o)
     numbers = (
@@ -315,7 +311,6 @@ def _launch(
         HAS_READ_INDICES=read_indices is not None,
         IS_VARLEN=cu_seqlens is not None,
         EXACT=exact,
-        ROW=row,
         STREAM=tiles.stream,
         BK=next_power_of_2(K),
         BV=tiles.BV,
