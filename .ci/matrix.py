@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RELEASES = {"2.11": "2.11.0", "2.13": "2.13.0", "2.14": "2.14.1", "2.15": "2.15.0"}
 PROOFS = (
     *("tests/test_lowering.py", "tests/test_epilogue.py"),
+    *("tests/test_operators_lowered.py", "tests/test_autotuning.py", "tests/test_fallback.py"),
     *("tests/test_fake_gpu.py", "tests/test_cross_compile.py"),
 )
 NEEDED = ("numpy", "pytest", "hypothesis", "expecttest")
