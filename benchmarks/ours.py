@@ -54,7 +54,7 @@ def serving(
 
 @functools.cache
 def compiled(backend: str) -> Callable[..., Tensor]:
-    """``serving``, compiled: on a GPU two small kernels of gates, and the operator's."""
+    """``serving``, compiled: on a GPU the operator's kernels, and of a prefill those of gates."""
     # One code serves all rows of an operator, but each kind of row is compiled for itself.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(serving, fullgraph=True, backend=backend)
@@ -63,7 +63,8 @@ def compiled(backend: str) -> Callable[..., Tensor]:
 def make_call_with_gates(row: Row, case: Case) -> Call:
     """A call from what a convolution leaves and from raw gates, as a compiled layer makes it.
 
-    As in a model that is served, sizes of heads are fixed; batch and, of a prefill, tokens are not.
+    As in a model that is served, sizes of heads and the tokens of a step are fixed; the batch and
+    the tokens of a prefill are not.
     """
     operator = gdn_ops.recurrent_ if row.name in ONE_STEP else gdn_ops.chunk_
     function = compiled("inductor" if case.pool.is_cuda else "aot_eager")
@@ -72,7 +73,9 @@ def make_call_with_gates(row: Row, case: Case) -> Call:
     heads = *case.q.shape[2:], *case.v.shape[2:]
     for x in (case.qkv, case.a, case.b):
         _make_dynamic(x, 0)
-        if row.name not in ONE_STEP:
+        if row.name in ONE_STEP:
+            torch._dynamo.mark_static(x, 1)
+        else:
             _make_dynamic(x, 1)
     for x in states:
         _make_dynamic(x, 0)
