@@ -27,6 +27,7 @@ from torch._inductor.select_algorithm import (
     TritonTemplate,
     autotune_select_algorithm,
 )
+from torch._inductor.utils import sympy_index_symbol
 from torch._inductor.virtualized import V
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,13 +94,9 @@ def realize_in_place(x: IRNode, name: str) -> IRNode:
         Unsupported: it is a view that has no strides.
     """
     node = realize(x)
-    if not _is_storage_of(node, x):
+    if storage_name(node) != storage_name(x):
         raise Unsupported(f"{name} is not a strided view of a tensor in memory; pass it contiguous")
     return node
-
-
-def _is_storage_of(node: IRNode, x: IRNode) -> bool:
-    return storage_name(node) == storage_name(x)
 
 
 def storage_name(x: IRNode) -> str | None:
@@ -165,6 +162,27 @@ def is_multiple(stride: Any, of: int, sizes: Sequence[Any]) -> bool:
     return bool(sizevars.guard_or_false(relation))
 
 
+def computed(x: IRNode, index: Sequence[str]) -> tuple[Any, list[str], list[Any]] | None:
+    """What computes an element of ``x``, where that is in no memory yet.
+
+    It is a subgraph for a template, in which variables of the names ``index`` say which element;
+    with it come names of the buffers that it reads, and the user's operations in it.
+    """
+    storage: Any = x
+    while isinstance(storage, (ir.TensorBox, ir.BaseView)):
+        storage = storage.data
+    if not isinstance(storage, ir.StorageBox) or type(storage.data) is not ir.Pointwise:
+        return None
+    load, place = x.make_loader(), [sympy_index_symbol(name) for name in index]
+    of: dict[str, Any] = {"device": device(x), "dtype": x.get_dtype()}
+    data = ir.Pointwise(**of, inner_fn=lambda _: load(place), ranges=[])
+    element = ir.ComputedBuffer(name=None, layout=ir.FlexibleLayout(**of, size=[]), data=data)
+    sources = list(x.get_read_names())
+    for name in sources:  # the subgraph has their strides
+        V.graph.get_buffer(name).freeze_layout()
+    return element, sources, list(storage.data.origins)
+
+
 def may_autotune() -> bool:
     """Whether the user asked for more than one choice to be timed."""
     return bool(config.max_autotune or config.max_autotune_gemm)
@@ -182,6 +200,7 @@ def select(
     inputs: list[IRNode],
     layout: ir.Layout,
     generators: dict[int, Callable[[Any], torch.Tensor]],
+    computed: Sequence[Any] = (),
 ) -> Any:
     """The only choice, or the fastest; a mutation would be lost in a multi-template buffer."""
     keywords: dict[str, Any] = {"return_multi_template": False}
@@ -190,20 +209,18 @@ def select(
     chosen = autotune_select_algorithm(name, choices, inputs, layout, **keywords)
     # torch 2.11 returns the node, later releases a node and the choice.
     node = chosen[0] if isinstance(chosen, tuple) else chosen
-    # A kernel is named after its origins, and what computes its inputs is none of what it does.
+    # A kernel is named after its origins; what computes its inputs elsewhere is none of them.
     buffer, operator = node.data.data, V.graph.current_node
     if operator in getattr(buffer, "origins", ()):
-        buffer.origins = type(buffer.origins)([operator])
+        buffer.origins = type(buffer.origins)([*computed, operator])
     return node
 
 
 def watch(node: Any, choices: list[Any], tell: Callable[[int, list[str]], None]) -> None:
     """Call ``tell`` when the code of a selected template is written, for a log.
 
-    Args:
-        node: What ``select`` returned.
-        choices: What it selected from.
-        tell: Called with the place of the choice, and with the operations that were fused into it.
+    It is called with the place of the choice in ``choices``, and with the operations that were
+    fused into it.
     """
     buffer = node.data.data
     make = buffer.make_kernel_render
@@ -237,9 +254,7 @@ def initialise_passes() -> None:
     post_grad.lazy_init()
 
 
-def launcher_grid(
-    inductor_meta: dict[str, Any], constants: dict[str, Any]
-) -> tuple[str, str, str, str]:
+def launcher_grid(inductor_meta: dict[str, Any], constants: dict[str, Any]) -> tuple[str, ...]:
     """Python for the grid of a launch: statements that come first, and its three sizes."""
     from torch._inductor.runtime import triton_heuristics
 
@@ -251,9 +266,8 @@ def launcher_grid(
 def recorded_kernels(record: Callable[..., Any]) -> Iterator[None]:
     """Let the decorators of a generated kernel return what ``record`` makes of it.
 
-    Args:
-        record: Called with the function, the kind of kernel, the configs that a GPU would choose
-            from, ``triton_meta`` and ``inductor_meta``.
+    It is called with the function, the kind of kernel, the configs that a GPU would choose from,
+    ``triton_meta`` and ``inductor_meta``.
     """
     from torch._inductor.runtime import triton_helpers, triton_heuristics
 
@@ -359,15 +373,11 @@ def capture(
             skip_cudagraph(f"skipping cudagraphs due to mutated inputs ({len(moving)} instances)")
         return model
 
+    caches = ("fx_graph", "fx_graph_remote", "autotune_local", "autotune_remote")
     settings = {
-        "fx_graph_cache": False,
-        "fx_graph_remote_cache": False,
-        "autotune_local_cache": False,
-        "autotune_remote_cache": False,
-        "bundled_autotune_remote_cache": False,
+        **{f"{cache}_cache": False for cache in (*caches, "bundled_autotune_remote")},
         "compile_threads": 1,
-        # Whether padding pays is found out by measuring.
-        "shape_padding": False,
+        "shape_padding": False,  # whether it pays is found out by measuring
         **options,
     }
     patches: tuple[tuple[Any, str, Any], ...] = (

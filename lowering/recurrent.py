@@ -13,6 +13,7 @@ from gdn_ops.kernels.configs import VerifyTiles, next_power_of_2, recurrent_tile
 
 from . import _inductor, timing
 from ._inductor import IRNode, Unsupported
+from .prologue import Computed, take_computed
 from .template import Config, KernelTemplate, require_cuda
 
 
@@ -38,6 +39,8 @@ VERIFY = KernelTemplate(
     tile=("BV", "BR"),
     in_place=("state",),
 )
+# What the kernels may compute, a number for each token and head.
+GATES = ("g", "beta")
 
 
 def supports(q: IRNode) -> None:
@@ -62,6 +65,7 @@ def _configs(K: int, V: int, state: IRNode, heads: int | None) -> list[Config]:
 
 def _call(
     tensors: dict[str, IRNode | None],
+    computed: dict[str, Computed],
     scale: float | None,
     use_qk_l2norm: bool,
     null_index: int,
@@ -81,13 +85,17 @@ def _call(
     assert written is not None
     # Packed rows have one sequence more, the tokens of none.
     sequences = B if cu_seqlens is None else cu_seqlens.get_size()[0]
-    heads = None if exact or is_table else _inductor.hints([sequences])[0] * HV
+    [rows] = _inductor.hints([sequences])
+    # One code for every batch has the tile that is good for most of them.
+    is_one_tile = exact or is_table or not _inductor.is_known(sequences == rows)
+    heads = None if is_one_tile else rows * HV
     return TEMPLATE.call(
         tensors,
         _inductor.contiguous_layout(v, [B, T, HV, V], v.get_dtype()),
         _configs(K, V, written, heads),
         mutated=["state" if in_place else "final_state"],
         aliases={"final_state": "state"} if in_place else None,
+        computed=computed,
         call_sizes=[sequences, HV, V],
         generators=timing.of_rows(q, cu_seqlens, table),
         scale=K**-0.5 if scale is None else scale,
@@ -98,9 +106,9 @@ def _call(
         V=V,
         S=_inductor.static_int(table.get_size()[1]) if table is not None and is_table else 1,
         USE_QK_L2NORM=use_qk_l2norm,
-        HAS_G=g is not None,
+        HAS_G=g is not None or "g" in computed,
         HAS_G_PER_KEY=g is not None and len(g.get_size()) == 4,
-        HAS_BETA=tensors["beta"] is not None,
+        HAS_BETA=tensors["beta"] is not None or "beta" in computed,
         HAS_STATE=tensors["state"] is not None,
         IS_POOL=in_place,
         HAS_INDICES=table is not None,
@@ -132,6 +140,7 @@ def _verify_tiles(tensors: dict[str, IRNode | None]) -> VerifyTiles | None:
 
 def _call_verify(
     tensors: dict[str, IRNode | None],
+    computed: dict[str, Computed],
     tiles: VerifyTiles,
     scale: float | None,
     use_qk_l2norm: bool,
@@ -151,6 +160,7 @@ def _call_verify(
         _inductor.contiguous_layout(v, [B, T, HV, V], v.get_dtype()),
         [Config.of(num_warps, 1, **constants)],
         mutated=["state"],
+        computed=computed,
         call_sizes=[B if bounds is None else bounds.get_size()[0], HV, V],
         scale=K**-0.5 if scale is None else scale,
         null_index=null_index,
@@ -159,8 +169,8 @@ def _call_verify(
         K=K,
         V=V,
         USE_QK_L2NORM=use_qk_l2norm,
-        HAS_G=tensors["g"] is not None,
-        HAS_BETA=tensors["beta"] is not None,
+        HAS_G=tensors["g"] is not None or "g" in computed,
+        HAS_BETA=tensors["beta"] is not None or "beta" in computed,
         HAS_INDICES=tensors["state_indices"] is not None,
         HAS_READ_INDICES=tensors["read_indices"] is not None,
         IS_VARLEN=bounds is not None,
@@ -186,12 +196,13 @@ def lower(
     dtype = torch.float32 if initial_state is None else initial_state.get_dtype()
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": initial_state}
     inputs["cu_seqlens"] = cu_seqlens
+    final_state = _inductor.new_buffer(v, [N, HV, V, K], dtype)
+    inputs, computed = take_computed(inputs, GATES, 3, final_state)
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
     absent = ("state_indices", "num_accepted_tokens", "read_indices")
     tensors |= dict.fromkeys(absent)
-    final_state = _inductor.new_buffer(v, [N, HV, V, K], dtype)
     tensors["final_state"] = final_state
-    o = _call(tensors, scale, use_qk_l2norm, -1, exact=False, in_place=False)
+    o = _call(tensors, computed, scale, use_qk_l2norm, -1, exact=False, in_place=False)
     return o, _inductor.as_result(final_state)
 
 
@@ -217,9 +228,12 @@ def lower_(
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state_indices": state_indices}
     inputs |= {"num_accepted_tokens": num_accepted_tokens, "cu_seqlens": cu_seqlens}
     inputs["read_indices"] = read_indices
-    tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
-    tensors["state"] = _inductor.realize_in_place(state, "state")
-    tiles = None if exact else _verify_tiles(tensors)
+    state = _inductor.realize_in_place(state, "state")
+    tiles = None if exact else _verify_tiles(inputs | {"state": state})
+    # Exact bits of a token do not depend on what a kernel's compiler makes of its gates.
+    taken, computed = (inputs, {}) if exact else take_computed(inputs, GATES, 3, state)
+    tensors = {name: x and _inductor.realize(x) for name, x in taken.items()}
+    tensors["state"] = state
     if tiles is not None:
-        return _call_verify(tensors, tiles, scale, use_qk_l2norm, null_index)
-    return _call(tensors, scale, use_qk_l2norm, null_index, exact, in_place=True)
+        return _call_verify(tensors, computed, tiles, scale, use_qk_l2norm, null_index)
+    return _call(tensors, computed, scale, use_qk_l2norm, null_index, exact, in_place=True)

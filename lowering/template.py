@@ -4,6 +4,7 @@ The template's text is the kernel's own source (docs/kernels.md says how a kerne
 
 - its tensors become ``def_kernel``; an absent one becomes ``None``;
 - its strides and sizes become the ``stride`` and ``size`` hooks;
+- a call of ``load_input`` becomes what computes the input, where that is not in memory yet;
 - its one call of ``store_output`` becomes the hook through which Inductor fuses what follows;
 - the ``@triton.jit`` functions that it calls are appended, so that the generated code is complete.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from . import _inductor, timing
 from ._inductor import IRNode
+from .prologue import Computed, element_index
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class KernelTemplate:
         *,
         mutated: Sequence[str] = (),
         aliases: Mapping[str, str] | None = None,
+        computed: Mapping[str, Computed] | None = None,
         call_sizes: Sequence[Any],
         generators: Mapping[str, Callable[[Any], Any]] | None = None,
         **constants: Any,
@@ -100,6 +103,7 @@ class KernelTemplate:
             configs: Choices; more than one is timed, or the first taken where none can be.
             mutated: Names of tensors that the kernel writes.
             aliases: Tensors that are another one under a second name, ``{"final_state": "state"}``.
+            computed: What the kernel computes where it would load it; not in ``tensors``.
             call_sizes: What the grid is computed from.
             generators: For timing, makes an input of a name from its node.
             constants: ``tl.constexpr`` arguments but the tiles.
@@ -109,7 +113,8 @@ class KernelTemplate:
         """
         present = {name: x for name, x in tensors.items() if x is not None}
         ranks = tuple((name, len(x.get_size())) for name, x in present.items())
-        template = self._template(ranks, tuple((aliases or {}).items()))
+        computed = computed or {}
+        template = self._template(ranks, tuple((aliases or {}).items()), tuple(computed))
         nodes = list(present.values())
         makers = {name: make for name, make in (generators or {}).items() if name in present}
         if not all(timing.can_be_made(present[name]) for name in makers):
@@ -123,6 +128,7 @@ class KernelTemplate:
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 mutated_inputs=[present[name] for name in mutated] or None,
+                subgraphs=[item.element for item in computed.values()] or None,
                 call_sizes=list(call_sizes),
                 **constants,
                 **dict(config.tiles),
@@ -132,32 +138,48 @@ class KernelTemplate:
         if not choices:
             raise _inductor.Unsupported(f"no configuration serves it ({errors[0]})")
         inputs = {list(present).index(name): make for name, make in makers.items()}
-        node = _inductor.select(self.name, choices, nodes, layout, inputs)
+        # A choice has found what its subgraphs read.
+        names = {_inductor.storage_name(x) for x in nodes}
+        read = [x for x in choices[0].input_nodes if _inductor.storage_name(x) not in names]
+        origins = [x for item in computed.values() for x in item.origins]
+        node = _inductor.select(self.name, choices, nodes + read, layout, inputs, origins)
         if log.isEnabledFor(logging.DEBUG):
             served = [str(c) for c, error in zip(configs, errors, strict=True) if error is None]
             if len(served) > 1:
                 log.debug("%s: timed: %s", self.name, "; ".join(served))
-            _inductor.watch(node, choices, lambda place, fused: self._tell(served[place], fused))
+            inside = list(dict.fromkeys(str(x.target) for x in origins))
+            _inductor.watch(
+                node, choices, lambda place, fused: self._tell(served[place], inside + fused)
+            )
         return node
 
     def _tell(self, config: str, fused: Sequence[str]) -> None:
         log.debug("%s: %s, fused: %s", self.name, config, ", ".join(fused) or "nothing")
 
     def _template(
-        self, ranks: tuple[tuple[str, int], ...], aliases: tuple[tuple[str, str], ...]
+        self,
+        ranks: tuple[tuple[str, int], ...],
+        aliases: tuple[tuple[str, str], ...],
+        computed: tuple[str, ...],
     ) -> Any:
-        key = (ranks, aliases)
+        key = (ranks, aliases, computed)
         if key not in self._made:
-            source = template_source(self, dict(ranks), dict(aliases))
+            source = template_source(self, dict(ranks), dict(aliases), computed)
             name = f"{self.name}_{len(self._made)}"
             self._made[key] = _inductor.add_template(name, self.grid, source)
         return self._made[key]
 
 
 def template_source(
-    template: KernelTemplate, ranks: Mapping[str, int], aliases: Mapping[str, str]
+    template: KernelTemplate,
+    ranks: Mapping[str, int],
+    aliases: Mapping[str, str],
+    computed: Sequence[str] = (),
 ) -> str:
-    """The text of a template whose call has tensors of these names and ranks."""
+    """The text of a template whose call has tensors of these names and ranks.
+
+    ``computed`` are the names of those that the n-th subgraph computes.
+    """
     source, tree = _parsed(template.kernel)
     arguments = [argument.arg for argument in tree.args.args]
     lines = [f"{{{{def_kernel({', '.join(map(repr, ranks))})}}}}"]
@@ -165,7 +187,7 @@ def template_source(
     for name in arguments:
         head = _argument(template, name, ranks, aliases)
         lines += [f"    {head}"] if head else []
-    lines += _body(template, source, tree)
+    lines += _body(template, source, tree, computed)
     for helper in _helpers(template.kernel):
         lines += ["", "", "@triton.jit", *_parsed(helper)[0].splitlines()]
     return "\n".join(lines) + "\n"
@@ -202,15 +224,32 @@ def _argument(
     return None  # a constexpr
 
 
-def _body(template: KernelTemplate, source: str, tree: ast.FunctionDef) -> list[str]:
-    """The lines of the kernel's body, with the hook in the place of the store."""
-    calls = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "store_output"
-    ]
-    assert len(calls) == 1, f"{template.name} must call store_output once"
-    call = calls[0]
+def _body(
+    template: KernelTemplate, source: str, tree: ast.FunctionDef, computed: Sequence[str]
+) -> list[str]:
+    """The lines of the kernel's body, with hooks in the places of the store and of loads."""
+    stores = [x.value for x in _statements(tree, ast.Expr) if _calls(x.value, "store_output")]
+    assert len(stores) == 1, f"{template.name} must call store_output once"
+    hooks = [(stores[0], _store_hook(template, stores[0]))]
+    for x in _statements(tree, ast.Assign):
+        if _calls(x.value, "load_input") and x.value.args[0].id in computed:
+            hooks.append((x, _load_hook(x, computed.index(x.value.args[0].id))))
+    lines = source.splitlines()
+    # The last ones first, which leaves the others' lines where they are.
+    for node, hook in sorted(hooks, key=lambda item: -item[0].lineno):
+        lines[node.lineno - 1 : node.end_lineno] = hook
+    return lines[tree.body[0].lineno - 1 :]
+
+
+def _statements(tree: ast.AST, kind: type) -> list[Any]:
+    return [node for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def _calls(value: ast.AST, name: str) -> bool:
+    return isinstance(value, ast.Call) and getattr(value.func, "id", None) == name
+
+
+def _store_hook(template: KernelTemplate, call: ast.Call) -> list[str]:
     _, index, _, value, mask = call.args
     assert isinstance(index, ast.Tuple)
     pad = " " * call.col_offset
@@ -226,10 +265,24 @@ def _body(template: KernelTemplate, source: str, tree: ast.FunctionDef) -> list[
         f'{pad}{{{{store_output(({", ".join(map(repr, names))},), "b_out", "m_out", '
         f"indent_width={len(pad)}, val_shape=({shape}))}}}}"
     ]
-    lines = source.splitlines()
-    assert call.end_lineno is not None
-    first = tree.body[0].lineno - 1
-    return lines[first : call.lineno - 1] + hook + lines[call.end_lineno :]
+    return hook
+
+
+def _load_hook(statement: ast.Assign, number: int) -> list[str]:
+    """What a subgraph reads must be there: where an index is masked, it computes the first."""
+    assert isinstance(statement.value, ast.Call)
+    p_x, index, _, m_x = statement.value.args
+    assert isinstance(index, ast.Tuple)
+    places, mask = [ast.unparse(x) for x in index.elts], ast.unparse(m_x)
+    is_masked = mask != "True"
+    if is_masked:
+        places = [f"tl.where({mask}, {place}, 0)" for place in places]
+    pad, name = " " * statement.col_offset, ast.unparse(statement.targets[0])
+    hook = [f"# {ast.unparse(p_x)}, computed where it would be loaded"]
+    hook += [f"{i} = {place}" for i, place in zip(element_index(len(places)), places, strict=True)]
+    hook += [f"{{{{modification({number}, {name!r}) | trim | indent({len(pad)})}}}}"]
+    hook += [f"{name} = tl.where({mask}, {name}, 0.0)"] if is_masked else []
+    return [pad + line for line in hook]
 
 
 @functools.cache

@@ -39,7 +39,8 @@ def tokens(B, T, dtype=torch.bfloat16, K=K, is_kda=False):
     return q, k, v, new(B, T, HV, *[K] * is_kda, dtype=torch.float32), new(B, T, HV, dtype=dtype)
 
 
-def decode(q, k, v, g, beta, pool, slots, z):
+def decode(q, k, v, a, b, A_log, dt_bias, pool, slots, z):
+    g, beta = gdn_ops.gdn_gate(a, A_log, dt_bias), b.sigmoid()
     return gdn_ops.recurrent_(q, k, v, g, beta, pool, slots, use_qk_l2norm=True) * silu(z)
 
 
@@ -56,6 +57,12 @@ def convolve(x, weight, z):
     return gdn_ops.causal_conv1d(x, weight, activation="silu")[0] * z
 
 
+def _decode_inputs(T):
+    q, k, v, *_ = tokens(16, T)
+    gates = (new(16, T, HV), new(16, T, HV), new(HV), new(HV))
+    return q, k, v, *gates, states(33), integers(16), new(16, T, HV, V)
+
+
 def _train_inputs():
     return tuple(x.requires_grad_() for x in (*tokens(2, 1000), new(2, 1000, HV, V)))
 
@@ -66,13 +73,15 @@ def _convolve_inputs():
 
 # Layers for torch.compile: each with the templates that it becomes.
 LAYERS = {
-    "decode lowered": (decode, (*tokens(16, 1), states(33), integers(16), new(16, 1, HV, V))),
+    "decode lowered": (decode, _decode_inputs(1)),
+    "verify lowered": (decode, _decode_inputs(4)),
     "prefill lowered": (prefill, (*tokens(16, 1000), new(16, 1000, HV, V), new(V))),
     "train lowered": (train, _train_inputs()),
     "convolve lowered": (convolve, _convolve_inputs()),
 }
 KERNELS = {
     "decode lowered": ("recurrent",),
+    "verify lowered": ("recurrent_verify",),
     "prefill lowered": ("chunk_scan",),
     "train lowered": (
         "chunk_scan",

@@ -158,8 +158,6 @@ extern_kernels.mm
 extern_kernels.mm
 pointwise: cat
 template: gdn_causal_conv1d
-pointwise: exp neg add softplus mul
-pointwise: sigmoid
 template: gdn_recurrent
 reduction: pow mean add rsqrt mul silu
 extern_kernels.mm
@@ -182,8 +180,6 @@ extern_kernels.mm
 extern_kernels.mm
 pointwise: cat
 template: gdn_causal_conv1d
-pointwise: exp neg add softplus mul
-pointwise: sigmoid
 template: gdn_recurrent
 reduction: pow mean add rsqrt mul silu
 extern_kernels.mm""",
@@ -340,9 +336,9 @@ reduction: add mul sum""",
 
 @pinned
 def test_combo_kernels_merge_what_prepares_the_operators():
-    """An option of Inductor: the concatenation and both gates in one launch instead of three."""
-    (module,) = layer_in("decode", combo_kernels=True)[0]
-    (plain,) = layer_in("decode")[0]
+    """An option of Inductor: of a prefill the concatenation and both gates in one launch."""
+    (module,) = layer_in("prefill_new_cache", combo_kernels=True)[0]
+    (plain,) = layer_in("prefill_new_cache")[0]
     assert template_names(module) == template_names(plain)
     assert len(module.launches) == len(plain.launches) - 2
 

@@ -61,6 +61,59 @@ def test_a_decode_step_is_one_template_with_its_epilogue_and_one_product():
     assert module.code.count("extern_kernels.") == 1
 
 
+def gated_step(q, k, v, a, b, A_log, dt_bias, pool, *rows):
+    """A step from raw gates, as a layer calls it."""
+    g, beta = gdn_ops.gdn_gate(a, A_log, dt_bias), b.sigmoid()
+    return gdn_ops.recurrent_(q, k, v, g, beta, pool, *rows)
+
+
+def _gated_inputs(T=1, B=3):
+    tokens = _tokens(B, T)
+    gates = torch.randn(2, B, T, HV, dtype=torch.bfloat16)
+    return (*tokens[:3], *gates, *torch.rand(2, HV), make_state(9, HV, V, K))
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_a_step_computes_its_gates_itself(T):
+    """One launch and one allocation, the output: no tensor of decays or of beta."""
+    (module,) = generate(gated_step, (*_gated_inputs(T), indices([3, 1, -1])))
+    ((name,),) = [[launch.kernel.name for launch in module.launches]]
+    for operation in ("recurrent_", "softplus", "sigmoid"):
+        assert operation in name
+    assert _allocated(module.code) == [3 * T * HV * V]
+
+
+def test_gates_that_others_read_are_computed_for_them_too():
+    def step(*args):
+        return gated_step(*args), args[4].sigmoid()
+
+    (module,) = generate(step, _gated_inputs(B=9))
+    kinds = [launch.kernel.kind for launch in module.launches]
+    assert sorted(kinds) == ["pointwise", "template"]
+
+
+def test_a_gate_of_the_state_is_computed_before_the_state_is_written():
+    """One program would read what another has written."""
+
+    def step(q, k, v, a, b, A_log, dt_bias, pool):
+        return gated_step(q, k, v, a, b + pool[:, :, :1, 0].mT, A_log, dt_bias, pool)
+
+    (module,) = generate(step, _gated_inputs(B=9))
+    kinds = [launch.kernel.kind for launch in module.launches]
+    assert kinds == ["pointwise", "template"]
+    assert "sigmoid" in module.launches[0].kernel.name
+
+
+def test_exact_bits_do_not_depend_on_where_gates_are_computed():
+    def step(*args):
+        g, beta = gdn_ops.gdn_gate(args[3], *args[5:7]), args[4].sigmoid()
+        return gdn_ops.recurrent_(*args[:3], g, beta, args[7], exact=True)
+
+    (module,) = generate(step, _gated_inputs(B=9))
+    assert len(_templates(module)) == 1
+    assert "sigmoid" not in _templates(module)[0].name
+
+
 def test_a_kernel_is_named_after_what_it_does_and_not_after_what_makes_its_inputs():
     def layer(q, k, v, g, beta, z):
         o, _ = gdn_ops.chunk(q.exp(), k, v, g, beta.sigmoid())
@@ -187,7 +240,7 @@ def test_a_few_tokens_with_one_write_are_a_template_of_their_own_with_its_epilog
     assert [launch.kernel.kind for launch in module.launches] == ["template"]
     assert "# gdn_recurrent_verify:" in module.code
     assert "silu" in kernel.name
-    assert "def walk_tokens(" in module.code
+    assert "def walk_token(" in module.code
     assert all(size < 9 * HV * V * K for size in _allocated(module.code))
 
 

@@ -58,8 +58,6 @@ pointwise: arange
 pointwise: arange
 reduction: embedding pow mean add rsqrt mul
 extern_kernels.mm
-pointwise: sigmoid
-pointwise: exp neg add softplus mul
 extern_kernels.mm
 pointwise: cat
 template: gdn_causal_conv1d

@@ -66,17 +66,23 @@ def recurrent_tiles(K: int, V: int, state_bytes: int, heads: int | None) -> Recu
                    16 rows                      3.5   11.5   37.2   139    544
                    32 rows                      4.1   13.7   44.3   160    626
 
+    One tile for all, with norms and gates inside, past the caches / through them (for a state after
+    each token the same: 0 to 4 % faster, 9 % for 16 rows of bfloat16):
+
+        float32    8 rows      3.5 / 4.0   20.0 / 20.2   73.6 / 80.0   270 / 271   1062 / 1057
+        bfloat16   16 rows     3.0 / 3.6   12.2 / 13.4   41.3 / 43.2   149 / 148    611 / 600
+
     Args:
         K: Key size.
         V: Value size.
         state_bytes: Bytes of a number of the state.
-        heads: States in the call. None: one tile for all, where a state is written for each token
-            or the bits of a token are to depend on nothing but its inputs.
+        heads: States in the call. None: one tile for all, where a state is written for each token,
+            the bits of a token are to depend on nothing but its inputs, or code is for every batch.
     """
     width = next_power_of_2(K)
     rows = 4096 // state_bytes // width if state_bytes < 8 else 512 // width
-    stream = False
-    if heads is not None and state_bytes <= 4:
+    stream = state_bytes <= 4
+    if heads is not None and stream:
         megabytes = heads * V * width * state_bytes / 2**20
         stream = megabytes <= (48 if state_bytes == 4 else 100)
         if stream:
@@ -98,6 +104,7 @@ class VerifyTiles(NamedTuple):
     STATE_PARTS: int  # bfloat16 that a number of the state is the sum of
     TOKEN_PARTS: int  # of a key or query
     UPDATE_PARTS: int  # of a token's addition to the state
+    EARLY: bool  # all loads of tokens come before the first product
     num_warps: int
 
 
@@ -109,6 +116,10 @@ class VerifyTiles(NamedTuple):
 # 32 rows are right, but their operands leave the registers that loaded the state, and for 4 tokens
 # of bfloat16 a thread spills (cross-compiled, tests/test_cross_compile.py).
 VERIFY_TOKENS = {2: 4, 4: 4}
+# Loads of tokens before the first product / where they are needed, with norms and gates inside, us
+# on an H200 (2026-11-25). They take registers, and ptxas then loads a state of float32 in pieces:
+#     float32    4 tokens of 64, 256 rows   127 / 101   470 / 371    8 of 64   107 / 133
+#     bfloat16                               66 / 69    231 / 246               71 / 108
 
 
 def verify_tiles(
@@ -142,5 +153,6 @@ def verify_tiles(
         STATE_PARTS=parts[state] if rows is None else 3,
         TOKEN_PARTS=parts[token],
         UPDATE_PARTS=3 if state == torch.float32 else 2,
+        EARLY=state.itemsize == 2 or BT > 4,
         num_warps=1,
     )

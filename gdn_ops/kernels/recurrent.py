@@ -18,6 +18,7 @@ from torch import Tensor
 from . import recurrent_verify
 from .configs import cdiv, next_power_of_2, recurrent_tiles, verify_tiles
 from .exact import exact_delta_step, exact_inverse_norm
+from .input import load_input
 from .launch import launch, strides
 from .norm import inverse_norm
 from .output import store_output
@@ -123,6 +124,7 @@ def recurrent_kernel(
     BV: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
+    MODIFIER: tl.constexpr = ".cs" if STREAM else ""
     i_p = tl.program_id(0)
     i_v = i_p % NV
     i_hv = (i_p // NV) % HV
@@ -199,16 +201,16 @@ def recurrent_kernel(
                 b_q *= inverse_norm(b_q)
                 b_k *= inverse_norm(b_k)
         b_g = 0.0
-        if HAS_G:
-            p_g = g + i_b * stride_g_b + i_t * stride_g_t + i_hv * stride_g_h
-            if HAS_G_PER_KEY:
-                b_g = tl.load(p_g + o_k * stride_g_k, m_k, 0.0)[None, :]
-            else:
-                b_g = tl.load(p_g)
+        if HAS_G_PER_KEY:
+            p_g = g + i_b * stride_g_b + i_t * stride_g_t + i_hv * stride_g_h + o_k * stride_g_k
+            b_g = tl.load(p_g, m_k, 0.0)[None, :]
+        elif HAS_G:
+            b_g = load_input(g, (i_b, i_t, i_hv), (stride_g_b, stride_g_t, stride_g_h), True)
         b_beta = 1.0
         if HAS_BETA:
-            p_beta = beta + i_b * stride_beta_b + i_t * stride_beta_t + i_hv * stride_beta_h
-            b_beta = tl.load(p_beta).to(tl.float32)
+            b_beta = load_input(
+                beta, (i_b, i_t, i_hv), (stride_beta_b, stride_beta_t, stride_beta_h), True
+            )
         if EXACT:
             b_s, b_o = exact_delta_step(b_s, b_q * scale, b_k, b_v, b_g, b_beta, BV, BK)
             b_s = b_s.to(final_state.dtype.element_ty).to(tl.float32)
@@ -227,12 +229,12 @@ def recurrent_kernel(
             i_slot = tl.load(p_row + i_token * stride_state_indices_s).to(tl.int64)
             m_f = m_s & is_live & (i_slot > null_index)
             p_slot = p_f + tl.maximum(i_slot, 0) * stride_final_state_n
-            tl.store(p_slot, b_s.to(final_state.dtype.element_ty), m_f)
+            b_f = b_s.to(final_state.dtype.element_ty)
+            tl.store(p_slot, b_f, m_f, cache_modifier=MODIFIER)
     if not IS_TABLE:
         p_slot = p_f + i_write * stride_final_state_n
-        modifier: tl.constexpr = ".cs" if STREAM else ""
-        b_s = b_s.to(final_state.dtype.element_ty)
-        tl.store(p_slot, b_s, m_s & is_live, cache_modifier=modifier)
+        b_f = b_s.to(final_state.dtype.element_ty)
+        tl.store(p_slot, b_f, m_s & is_live, cache_modifier=MODIFIER)
 
 
 def supports(q: Tensor, *_: object, **__: object) -> str | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .chunk_prepare import load_bounds
 from .configs import VerifyTiles, cdiv
+from .input import load_input
 from .launch import launch, strides
 from .norm import inverse_root
 from .output import store_output
@@ -99,35 +100,23 @@ def collect_channels(b_x):
 
 
 @triton.jit
-def walk_tokens(
-    b_x, b_G, p_v, p_g, p_beta, stride_v_t, stride_g_t, stride_beta_t, L, m_v, BT: tl.constexpr
-):
-    """``X`` after ``BT`` tokens, those from ``L`` on being none, and the decay over all of them.
+def walk_token(b_x, b_G, b_v, b_decay, b_beta, i, BT: tl.constexpr):
+    """``X`` after token ``i`` of ``BT``; one that is none has zeros for key, value and decay.
 
     Args:
         b_x: Products of the state with keys and queries, ``[BV, BR]``.
         b_G: Those of keys and queries with each other, ``[BR, BR]``.
-        p_v: The values of the first token, ``[BV]``; ``p_g`` and ``p_beta`` alike, or None.
     """
     o_r = tl.arange(0, b_x.shape[1])
-    b_total = 1.0
-    for i in tl.static_range(BT):
-        b_decay = 1.0
-        if p_g is not None:
-            b_decay = tl.exp(tl.load(p_g + i * stride_g_t, i < L, 0.0))
-        b_u = tl.load(p_v + i * stride_v_t, m_v & (i < L), 0.0).to(tl.float32)
-        b_u -= b_decay * tl.sum(tl.where(o_r[None, :] == i, b_x, 0.0), 1)
-        if p_beta is not None:
-            b_u *= tl.load(p_beta + i * stride_beta_t, i < L, 0.0).to(tl.float32)
-        # Later tokens, and the output of this one; outputs of earlier ones are done.
-        b_row = tl.sum(tl.where(o_r[:, None] == i, b_G, 0.0), 0)
-        b_row = tl.where((o_r > i) & ((o_r < BT) | (o_r >= BT + i)), b_row, 0.0)
-        b_row = tl.where(o_r == i, 1.0, b_row)
-        b_keep = tl.where((o_r >= BT) & (o_r < BT + i), 1.0, b_decay)
-        b_keep = tl.where(o_r == i, 0.0, b_keep)
-        b_x = b_x * b_keep[None, :] + b_u[:, None] * b_row[None, :]
-        b_total *= b_decay
-    return b_x, b_total
+    b_u = b_v - b_decay * tl.sum(tl.where(o_r[None, :] == i, b_x, 0.0), 1)
+    b_u *= b_beta
+    # Later tokens, and the output of this one; outputs of earlier ones are done.
+    b_row = tl.sum(tl.where(o_r[:, None] == i, b_G, 0.0), 0)
+    b_row = tl.where((o_r > i) & ((o_r < BT) | (o_r >= BT + i)), b_row, 0.0)
+    b_row = tl.where(o_r == i, 1.0, b_row)
+    b_keep = tl.where((o_r >= BT) & (o_r < BT + i), 1.0, b_decay)
+    b_keep = tl.where(o_r == i, 0.0, b_keep)
+    return b_x * b_keep[None, :] + b_u[:, None] * b_row[None, :]
 
 
 @triton.jit
@@ -185,6 +174,7 @@ def recurrent_verify_kernel(
     STATE_PARTS: tl.constexpr,
     TOKEN_PARTS: tl.constexpr,
     UPDATE_PARTS: tl.constexpr,
+    EARLY: tl.constexpr,  # all loads of tokens come before the first product
     BT: tl.constexpr,
     BR: tl.constexpr,  # rows of the operand of keys and queries
     BK: tl.constexpr,
@@ -233,6 +223,9 @@ def recurrent_verify_kernel(
     for i in tl.static_range(BK // KB):
         b_s = tl.load(p_s + i * KB, m_s & (i * KB + o_k < K)[None, :], 0.0)
         s = append(s, spread_channels(b_s).to(tl.float32))
+    if EARLY:
+        # No load of a token comes before: ptxas would put them between those of the state.
+        tl.debug_barrier()
 
     # Rows of keys, then of queries, then of nothing.
     o_r = tl.arange(0, BR)
@@ -241,10 +234,24 @@ def recurrent_verify_kernel(
     p_k = k + i_b * stride_k_b + i_h * stride_k_h + o_k[None, :] * stride_k_k
     p_q = q + i_b * stride_q_b + i_h * stride_q_h + o_k[None, :] * stride_q_k
     p_v = v + i_b * stride_v_b + i_hv * stride_v_h + o_v * stride_v_v
-    p_g = g + i_b * stride_g_b + i_hv * stride_g_h if HAS_G else None
-    p_beta = beta + i_b * stride_beta_b + i_hv * stride_beta_h if HAS_BETA else None
     for i_first in range(0, L if IS_VARLEN else 1, BT):
         o_first = i_b * 0 + i_start + i_first  # int64
+        if EARLY:
+            o_i = tl.arange(0, BT)
+            m_i = i_first + o_i < L
+            o_x = o_first + o_i
+            b_gs = tl.zeros((BT,), tl.float32)
+            if HAS_G:
+                b_gs = load_input(g, (i_b, o_x, i_hv), (stride_g_b, stride_g_t, stride_g_h), m_i)
+            b_betas = tl.full((BT,), 1.0, tl.float32)
+            if HAS_BETA:
+                b_betas = load_input(
+                    beta, (i_b, o_x, i_hv), (stride_beta_b, stride_beta_t, stride_beta_h), m_i
+                )
+            vs = ()
+            for i in tl.static_range(BT):
+                p_x = p_v + (o_first + i) * stride_v_t
+                vs = append(vs, tl.load(p_x, m_v & (i_first + i < L), 0.0))
         m_t = i_first + o_r % BT < L
         o_t = o_first + o_r % BT
         b_G = tl.zeros((BR, BR), tl.float32)
@@ -275,19 +282,27 @@ def recurrent_verify_kernel(
         b_G *= b_scale[None, :]
         b_x *= b_scale[None, :]
 
-        b_x, b_total = walk_tokens(
-            b_x,
-            b_G,
-            p_v + o_first * stride_v_t,
-            p_g + o_first * stride_g_t if HAS_G else None,
-            p_beta + o_first * stride_beta_t if HAS_BETA else None,
-            stride_v_t,
-            stride_g_t if HAS_G else 0,
-            stride_beta_t if HAS_BETA else 0,
-            L - i_first,
-            m_v,
-            BT,
-        )
+        b_total = 1.0
+        for i in tl.static_range(BT):
+            m_i = i_first + i < L
+            b_g = 0.0
+            b_beta = 1.0
+            if not EARLY:
+                i_t = o_first + i
+                b_v = tl.load(p_v + i_t * stride_v_t, m_v & m_i, 0.0)
+                if HAS_G:
+                    b_g = load_input(g, (i_b, i_t, i_hv), (stride_g_b, stride_g_t, stride_g_h), m_i)
+                if HAS_BETA:
+                    b_beta = load_input(
+                        beta, (i_b, i_t, i_hv), (stride_beta_b, stride_beta_t, stride_beta_h), m_i
+                    )
+            else:
+                b_v = vs[i]
+                b_g = tl.sum(tl.where(o_i == i, b_gs, 0.0))
+                b_beta = tl.sum(tl.where(o_i == i, b_betas, 0.0))
+            b_decay = tl.exp(b_g)
+            b_x = walk_token(b_x, b_G, b_v.to(tl.float32), b_decay, b_beta, i, BT)
+            b_total *= b_decay
         store_output(
             o,
             (i_b, o_t[None, :], i_hv, o_v[:, None]),
@@ -368,6 +383,7 @@ def recurrent_(
         STATE_PARTS=tiles.STATE_PARTS,
         TOKEN_PARTS=tiles.TOKEN_PARTS,
         UPDATE_PARTS=tiles.UPDATE_PARTS,
+        EARLY=tiles.EARLY,
         BT=tiles.BT,
         BR=tiles.BR,
         BK=tiles.BK,

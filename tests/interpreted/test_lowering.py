@@ -87,6 +87,44 @@ def test_a_few_lowered_tokens_update_the_pool_as_the_plain_loop_does(lengths):
     assert_as_accurate_as_plain(changed[5], exact[1], plain[1], terms=K, name="pool")
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("T", "lengths", "slots"),
+    [
+        (1, None, [3, -1, 0]),
+        (4, None, [3, -1, 0]),
+        (8, None, [3, -1, 0]),
+        (12, (4, 0, 6), [3, 1, 0]),
+        (12, (4, 0, 6), [[5, 1, 2, 4, 6, 7], [-1] * 6, [9, 8, 10, 11, 0, 3]]),
+    ],
+    ids=["decode", "few tokens", "more tokens", "packed", "a state for each token"],
+)
+def test_gates_that_a_step_computes_itself_are_those_of_the_plain_loop(
+    T, lengths, slots, state_dtype
+):
+    """From views of one projection; of rows of padding and past a row's end nothing is read."""
+    tokens = _tokens(3 if lengths is None else 1, T, torch.bfloat16)
+    projected = torch.randn(*tokens.g.shape[:2], 2 * HV, dtype=torch.bfloat16)
+    rate, bias = torch.rand(2, HV)
+    bounds = None if lengths is None else cu_seqlens(lengths)
+    slots = torch.tensor(slots, dtype=torch.int32)
+    accepted = None if slots.dim() == 1 else indices([1, 1, 2])
+    pool = make_state(12, HV, V, K, state_dtype)
+
+    def layer(q, k, v, projected, rate, bias, *states):
+        a, b = projected.chunk(2, -1)
+        g, beta = gdn_ops.gdn_gate(a, rate, bias), b.float().sigmoid()
+        return gdn_ops.recurrent_(q, k, v, g, beta, *states)
+
+    states = (pool, slots, accepted, bounds)
+    (o,), changed = _results(layer, *tokens[:3], projected, rate, bias, *states)
+    a, b = projected.chunk(2, -1)
+    gates = gdn_ops.gdn_gate(a, rate, bias), b.float().sigmoid()
+    exact, plain = witnesses(oracle.delta_rule_into_pool, *tokens[:3], *gates, *states)
+    assert_as_accurate_as_plain(o, exact[0], plain[0], terms=K, name="o")
+    assert_as_accurate_as_plain(changed[6], exact[1], plain[1], terms=K, name="pool")
+
+
 def test_a_lowered_prefill_updates_the_pool_as_the_plain_loop_does():
     tokens, pool = _tokens(1, 80), make_state(7, HV, V, K)
     slots, bounds = indices([6, 1, -1, 2]), cu_seqlens([3, 0, 5, 70])
