@@ -248,10 +248,14 @@ def recurrent_verify_kernel(
                 b_betas = load_input(
                     beta, (i_b, o_x, i_hv), (stride_beta_b, stride_beta_t, stride_beta_h), m_i
                 )
+            b_decays = tl.exp(b_gs)
+            b_total = tl.exp(tl.sum(b_gs))
             vs = ()
             for i in tl.static_range(BT):
                 p_x = p_v + (o_first + i) * stride_v_t
                 vs = append(vs, tl.load(p_x, m_v & (i_first + i < L), 0.0))
+        else:
+            b_total = 1.0
         m_t = i_first + o_r % BT < L
         o_t = o_first + o_r % BT
         b_G = tl.zeros((BR, BR), tl.float32)
@@ -282,13 +286,12 @@ def recurrent_verify_kernel(
         b_G *= b_scale[None, :]
         b_x *= b_scale[None, :]
 
-        b_total = 1.0
         for i in tl.static_range(BT):
-            m_i = i_first + i < L
-            b_g = 0.0
-            b_beta = 1.0
             if not EARLY:
+                m_i = i_first + i < L
                 i_t = o_first + i
+                b_g = 0.0
+                b_beta = 1.0
                 b_v = tl.load(p_v + i_t * stride_v_t, m_v & m_i, 0.0)
                 if HAS_G:
                     b_g = load_input(g, (i_b, i_t, i_hv), (stride_g_b, stride_g_t, stride_g_h), m_i)
@@ -296,13 +299,13 @@ def recurrent_verify_kernel(
                     b_beta = load_input(
                         beta, (i_b, i_t, i_hv), (stride_beta_b, stride_beta_t, stride_beta_h), m_i
                     )
+                b_decay = tl.exp(b_g)
+                b_total *= b_decay
             else:
                 b_v = vs[i]
-                b_g = tl.sum(tl.where(o_i == i, b_gs, 0.0))
+                b_decay = tl.sum(tl.where(o_i == i, b_decays, 0.0))
                 b_beta = tl.sum(tl.where(o_i == i, b_betas, 0.0))
-            b_decay = tl.exp(b_g)
             b_x = walk_token(b_x, b_G, b_v.to(tl.float32), b_decay, b_beta, i, BT)
-            b_total *= b_decay
         store_output(
             o,
             (i_b, o_t[None, :], i_hv, o_v[:, None]),
