@@ -13,10 +13,42 @@ from benchmarks.rows import ROWS
 SAME = ("gpu", "torch", "triton", "commit")
 
 
-def facts(content: dict) -> dict[str, str | None]:
+def facts(content: dict, names: tuple[str, ...] = SAME) -> dict[str, str | None]:
     """What must not differ between runs."""
     found = {"commit": content.get("commit")} | content["machine"]
-    return {name: found.get(name) for name in SAME}
+    return {name: found.get(name) for name in names}
+
+
+def across_commits(contents: dict[str, dict]) -> dict:
+    """All runs on a GPU of the newest one's kind as one content: of each row the latest, whole.
+
+    ``runs`` has their commits, each row that of its own, and where only time was short for a peer,
+    its number of an earlier run, whose commit is in ``beside``.
+    """
+    newest = max(contents.values(), key=lambda content: content["date"])
+    kind = facts(newest, SAME[:-1])
+    runs = [x for x in contents.values() if facts(x, SAME[:-1]) == kind]
+    rows: dict[str, dict] = {}
+    for content in sorted(runs, key=lambda content: content["date"]):
+        for found in content["rows"]:
+            if "us" in found:
+                result = {"commit": content["commit"]} | found
+                earlier = rows.get(result["row"], {})
+                peers = result.get("peers", {})
+                kept = {
+                    name: peer | {"beside": peer.get("beside", earlier["commit"])}
+                    for name, peer in earlier.get("peers", {}).items()
+                    # Without errors of a check its results may be wrong.
+                    if "us" in peer and "errors" in peer and lacks_time(peers.get(name))
+                }
+                rows[result["row"]] = result | {"peers": peers | kept}
+    order = [str(row) for row in ROWS]
+    return newest | {"runs": runs, "rows": [rows[row] for row in order if row in rows]}
+
+
+def lacks_time(peer: dict | None) -> bool:
+    """Whether a peer was not tried, or the time of the machine was up."""
+    return peer is None or peer.get("reason") == "not measured: time limit"
 
 
 def merged(contents: dict[str, dict]) -> dict:

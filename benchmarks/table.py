@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.merge import across_commits
 from benchmarks.report import number
 from benchmarks.rows import MODELS, ONE_STEP, ROWS, Row, parse
 
@@ -43,13 +44,20 @@ CPU_ROWS = {
 
 
 def newest(kind: str) -> tuple[Path, dict] | None:
-    """The newest numbers of a ``gpu`` or ``cpu``, as their own date says; of two, an H200's."""
-    found = []
+    """The newest numbers of a ``gpu`` or ``cpu``, as their own date says.
+
+    Of a GPU they are the latest of each row, over all runs on the newest one's kind.
+    """
+    found = {}
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
         if kind in content.get("machine", {}):
-            found.append((content["date"][:10], "H200" in str(content["machine"]), path, content))
-    return max(found, key=lambda item: item[:3])[2:] if found else None
+            found[path] = content
+    if not found:
+        return None
+    if kind == "gpu":
+        return RESULTS, across_commits({str(path): content for path, content in found.items()})
+    return max(found.items(), key=lambda item: item[1]["date"])
 
 
 def by_row(content: dict) -> dict[str, dict]:
@@ -57,10 +65,13 @@ def by_row(content: dict) -> dict[str, dict]:
 
 
 def cell(entry: dict | None) -> str:
-    """Microseconds, or a dash where something stands in the way; the whole table has the reason."""
+    """Microseconds, or a dash where something stands in the way; the whole table has the reason.
+
+    With a star where they are not of the row's run.
+    """
     if entry is None:
         return ""
-    return number(entry["us"]) if "us" in entry else "-"
+    return number(entry["us"]) + "*" * ("beside" in entry) if "us" in entry else "-"
 
 
 def every_number(path: Path) -> str:
@@ -68,26 +79,30 @@ def every_number(path: Path) -> str:
 
 
 def machine_of(content: dict) -> str:
-    """The GPU, the versions, the date and the commit."""
+    """The GPU, the versions and the dates."""
     machine = content["machine"]
-    facts = [f"torch {machine['torch']}", f"Triton {machine['triton']}", content["date"][:10]]
-    if content.get("commit"):
-        facts.append(f"commit {content['commit']}")
+    dates = dict.fromkeys(sorted(run["date"][:10] for run in content["runs"]))
+    facts = [f"torch {machine['torch']}", f"Triton {machine['triton']}", " and ".join(dates)]
     return f"**On one {machine['gpu']}** ({', '.join(facts)})"
 
 
 def about(path: Path, content: dict) -> str:
     """What the numbers are, of which machine and run, and the ceilings."""
-    ceilings = content["ceilings"]
-    runs = len(content.get("runs") or {result.get("commit") for result in content["rows"]})
-    where = f"In one of the {runs} runs" if runs > 1 else "In the same run"
+    ceilings = [run["ceilings"] for run in content["runs"]]
+    copy = span([c["copy TB/s"] for c in ceilings], "{:.2f}")
+    product = span([c["mm TFLOP/s"] for c in ceilings], "{:.0f}")
     return (
         f"{machine_of(content)}, 16 key heads, 32 value heads, `K = V = 128`, bfloat16 inputs, "
-        f"CUDA graphs, medians in microseconds. {where} an elementwise copy moved "
-        f"{ceilings['copy TB/s']:.2f} TB/s and a bfloat16 8192^3 product ran at "
-        f"{ceilings['mm TFLOP/s']:.0f} TFLOP/s; the floor is the least traffic at the bandwidth of "
-        f"such a copy in the row's run. {every_number(path)}"
+        f"CUDA graphs, medians in microseconds. An elementwise copy moved {copy} TB/s and a "
+        f"bfloat16 8192^3 product ran at {product} TFLOP/s; the floor is the least traffic at the "
+        f"bandwidth of such a copy in the row's run. The last column is the commit that a row is "
+        f"of, with a star a peer's number beside an earlier one. {every_number(path)}"
     )
+
+
+def span(numbers: list[float], form: str) -> str:
+    """The least and the greatest, where they are written differently."""
+    return " to ".join(dict.fromkeys(form.format(x) for x in (min(numbers), max(numbers))))
 
 
 def grid(headers: list[str], lines: list[list[str]]) -> str:
@@ -102,7 +117,7 @@ def gpu_table(names: dict[str, str], content: dict) -> str:
     found = by_row(content)
     results = {row: found[row] for row in names if "us" in found.get(row, {})}
     peers = list(dict.fromkeys(name for r in results.values() for name in r.get("peers", {})))
-    headers = ["", "ours", "with gates", "floor", "target", *peers]
+    headers = ["", "ours", "with gates", "floor", "target", *peers, "commit"]
     lines = [
         [
             names[row],
@@ -111,6 +126,7 @@ def gpu_table(names: dict[str, str], content: dict) -> str:
             number(result.get("floor_us")),
             number(result.get("target_us")),
             *(cell(result.get("peers", {}).get(name)) for name in peers),
+            result["commit"],
         ]
         for row, result in results.items()
     ]
@@ -154,7 +170,7 @@ def gpu_all() -> str | None:
     ]
     absent = set(known) - set(by_row(content))
     if absent:
-        missing.append(f"- {row_names(absent)}: no part of this run")
+        missing.append(f"- {row_names(absent)}: no part of any run")
     steps = ", ".join(f"`{name}`" for name in ONE_STEP)
     notes = f"In {steps} the peers have the gates and the norm inside, as our second column has."
     parts = [about(path, content), gpu_table(known, content), notes]
@@ -178,6 +194,7 @@ def gpu_models() -> str | None:
         return None
     path, content = found
     peers = list(dict.fromkeys(name for r in results.values() for name in r["peers"]))
+    headers = ["", "ours, compiled", "ours, eager", "floor", *peers, "commit"]
     lines = [
         [
             row.removesuffix(" fp32"),
@@ -185,6 +202,7 @@ def gpu_models() -> str | None:
             called(result.get("eager")),
             number(result.get("floor_us")),
             *(called(result["peers"].get(name)) for name in peers),
+            result["commit"],
         ]
         for row, result in results.items()
     ]
@@ -193,7 +211,7 @@ def gpu_models() -> str | None:
         f"from a cold cache. The floor is each weight and state at the copy's bandwidth, or the "
         f"products at that of the large one. {every_number(path)}"
     )
-    return f"{text}\n\n{grid(['', 'ours, compiled', 'ours, eager', 'floor', *peers], lines)}"
+    return f"{text}\n\n{grid(headers, lines)}"
 
 
 def cpu_cells(result: dict) -> list[str]:
