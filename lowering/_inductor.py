@@ -1,7 +1,6 @@
 """All that this package knows of ``torch._inductor``, which is private to torch.
 
-Serves torch 2.11 to 2.15 by looking at what is there, never at a version. What breaks with a new
-release breaks here.
+Serves torch 2.11 to 2.15 by what is there, not by version. What a release breaks breaks here.
 """
 
 import contextlib
@@ -31,6 +30,8 @@ from torch._inductor.utils import sympy_index_symbol
 from torch._inductor.virtualized import V
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .stages import stage_of
 
 IRNode = ir.IRNode
 symbolic_grid = SymbolicGridFn
@@ -212,7 +213,7 @@ def select(
     # A kernel is named after its origins; what computes its inputs elsewhere is none of them.
     buffer, operator = node.data.data, V.graph.current_node
     if operator in getattr(buffer, "origins", ()):
-        buffer.origins = type(buffer.origins)([*computed, operator])
+        buffer.origins = type(buffer.origins)([*computed, *stage_of(operator, name), operator])
     return node
 
 
@@ -327,9 +328,8 @@ class _OnCpu(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        moved = pytree.tree_map_only(
-            torch.device, lambda device: torch.device("cpu"), (args, kwargs or {})
-        )
+        cpu = torch.device("cpu")
+        moved = pytree.tree_map_only(torch.device, lambda _: cpu, (args, kwargs or {}))
         return func(*moved[0], **moved[1])
 
 

@@ -168,16 +168,20 @@ def load_kernel(name: str, source: str) -> Kernel:
 
 
 def kernel_origins(code: str) -> dict[str, tuple[list[str], list[str]]]:
-    """What Inductor fused into each kernel: names of the user's operations, and ATen's."""
+    """What Inductor fused into each kernel: names of the user's operations, and ATen's.
+
+    Without the stage of a template, which is no operation of anybody (``lowering/stages.py``).
+    """
     comment = re.compile(
         r"^# Topologically Sorted Source Nodes: \[(?P<nodes>.*)\], "
         r"Original ATen: \[(?P<aten>.*)\]\n(?:#.*\n)*(?P<name>\w+) = async_compile\.",
         re.MULTILINE,
     )
-    return {
-        found["name"]: (found["nodes"].split(", "), found["aten"].split(", "))
-        for found in comment.finditer(code)
-    }
+    origins = {}
+    for found in comment.finditer(code):
+        aten = [x for x in found["aten"].split(", ") if not x.startswith("gdn_stage.")]
+        origins[found["name"]] = found["nodes"].split(", "), aten
+    return origins
 
 
 def library_calls(code: str) -> dict[str, int]:
