@@ -1,8 +1,10 @@
 """The kernels that a model would get on a GPU that nobody here owns.
 
     python -m lowering.inspect examples/inspect_layer.py:decode batch=64 --arch sm_90
+    python -m lowering.inspect examples/generate.py -- --tokens 8
 
-prints for each graph its kernels, what Inductor fused into each, and what the compiler made of it.
+prints for each graph its kernels, what Inductor fused into each, and what the compiler made of it:
+of a factory's model, or of all that a script compiles.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from .arch import ARCHS, find_arch
 from .fake_gpu import fake_gpu, generate
 from .generated import GeneratedModule, Kernel, Launch, kernel_origins, library_calls
 from .inspect_report import print_report
+from .inspect_script import ScriptError, captured_graphs
 from .sass import compile_generated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,6 +133,35 @@ def inspect(
     return [_graph_report(module, arch) for module in modules]
 
 
+def inspect_script(
+    script: Path,
+    argv: Sequence[str] = (),
+    *,
+    arch: str = "sm_90",
+    dtype: torch.dtype | None = None,
+    mode: str | None = None,
+) -> list[GraphReport]:
+    """The same of every graph that a script compiles while it runs, on the CPU.
+
+    Args:
+        script: The script.
+        argv: Its arguments. Default: none.
+        arch: As for ``inspect``.
+        dtype: As for ``inspect``, of the inputs of a graph, parameters among them.
+        mode: As for ``inspect``. Default: the script's, where that is one of CUDA graphs.
+
+    Raises:
+        ScriptError: a ValueError: there is no such script, it compiles nothing, or it fails.
+        RuntimeError: as for ``inspect``.
+    """
+    graphs = []
+    for found in captured_graphs(script, argv):
+        with torch.set_grad_enabled(found.is_grad_enabled):
+            call = found.graph, found.inputs
+            graphs += inspect(lambda: call, arch=arch, dtype=dtype, mode=mode or found.mode)  # noqa: B023
+    return graphs
+
+
 def _converted(target: Any, args: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     if isinstance(target, torch.nn.Module):
         target = target.to(dtype)
@@ -203,8 +235,8 @@ def find_factory(target: str) -> Callable[[], Any]:
     place, _, name = target.rpartition(":")
     if not place or not name.isidentifier():
         raise ValueError(
-            f"inspect: TARGET must be path/to/script.py:factory or package.module:factory, got"
-            f" {target!r}"
+            "inspect: TARGET must be path/to/script.py, path/to/script.py:factory or"
+            f" package.module:factory, got {target!r}"
         )
     module = _load_script(Path(place)) if place.endswith(".py") else _import(place)
     factory = getattr(module, name, None)
@@ -262,14 +294,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "target",
         metavar="TARGET",
-        help="path/to/script.py:factory or package.module:factory; factory() returns a module or"
-        " function, and its example inputs, on the CPU or on meta",
+        help="path/to/script.py, which is run; or path/to/script.py:factory or"
+        " package.module:factory, where factory() returns a module or function, and its example"
+        " inputs, on the CPU or on meta",
     )
     parser.add_argument(
         "arguments",
         metavar="NAME=VALUE",
         nargs="*",
-        help="arguments of the factory, such as the sizes of its inputs",
+        help="arguments of the factory, such as the sizes of its inputs; of a script its own,"
+        " after --",
     )
     parser.add_argument("--arch", default="sm_90", help=f"one of {', '.join(ARCHS)} (sm_90)")
     parser.add_argument("--dtype", choices=DTYPES, help="convert parameters and inputs")
@@ -290,21 +324,26 @@ def main(argv: list[str] | None = None) -> int:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", "lowering.inspect", *(argv or sys.argv[1:])]
         return subprocess.run(command, env=environment).returncode
+    chosen = {"arch": options.arch, "dtype": DTYPES.get(options.dtype), "mode": options.mode}
+    is_script = options.target.endswith(".py")
+    run: Callable[[], list[GraphReport]]
     try:
-        factory = with_arguments(find_factory(options.target), options.arguments)
+        if is_script:
+            run = functools.partial(inspect_script, Path(options.target), options.arguments)
+        else:
+            factory = with_arguments(find_factory(options.target), options.arguments)
+            run = functools.partial(inspect, factory, fullgraph=not options.graph_breaks)
         with fake_gpu(options.arch):  # it raises where it cannot be had
             pass
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
     with torch.no_grad() if options.no_grad else contextlib.nullcontext():
-        graphs = inspect(
-            factory,
-            arch=options.arch,
-            dtype=DTYPES.get(options.dtype),
-            mode=options.mode,
-            fullgraph=not options.graph_breaks,
-        )
+        try:
+            graphs = run(**chosen)
+        except ScriptError as error:
+            print(error, file=sys.stderr)
+            return 2
     if options.json:
         print(json.dumps([_as_json(graph, options.code) for graph in graphs], indent=2))
     else:
