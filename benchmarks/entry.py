@@ -8,6 +8,8 @@ import torch
 from benchmarks.contender import Call, NotServed
 from benchmarks.timing import graph_times
 
+OUT_OF_TIME = "not measured: time limit"
+
 
 class Wrong(Exception):
     """A result is further from float64 than its numbers' rounding allows: it is not timed."""

@@ -8,6 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.entry import OUT_OF_TIME
 from benchmarks.rows import ROWS
 
 SAME = ("gpu", "torch", "triton", "commit")
@@ -19,15 +20,15 @@ def facts(content: dict, names: tuple[str, ...] = SAME) -> dict[str, str | None]
     return {name: found.get(name) for name in names}
 
 
-def across_commits(contents: dict[str, dict]) -> dict:
+def across_commits(contents: list[dict]) -> dict:
     """All runs on a GPU of the newest one's kind as one content: of each row the latest, whole.
 
     ``runs`` has their commits, each row that of its own, and where only time was short for a peer,
     its number of an earlier run, whose commit is in ``beside``.
     """
-    newest = max(contents.values(), key=lambda content: content["date"])
+    newest = max(contents, key=lambda content: content["date"])
     kind = facts(newest, SAME[:-1])
-    runs = [x for x in contents.values() if facts(x, SAME[:-1]) == kind]
+    runs = [x for x in contents if facts(x, SAME[:-1]) == kind]
     rows: dict[str, dict] = {}
     for content in sorted(runs, key=lambda content: content["date"]):
         for found in content["rows"]:
@@ -42,13 +43,17 @@ def across_commits(contents: dict[str, dict]) -> dict:
                     if "us" in peer and "errors" in peer and lacks_time(peers.get(name))
                 }
                 rows[result["row"]] = result | {"peers": peers | kept}
-    order = [str(row) for row in ROWS]
-    return newest | {"runs": runs, "rows": [rows[row] for row in order if row in rows]}
+    return newest | {"runs": runs, "rows": in_order(rows)}
+
+
+def in_order(rows: dict[str, dict]) -> list[dict]:
+    """Results by their rows, as the suite has these."""
+    return [rows[row] for row in map(str, ROWS) if row in rows]
 
 
 def lacks_time(peer: dict | None) -> bool:
     """Whether a peer was not tried, or the time of the machine was up."""
-    return peer is None or peer.get("reason") == "not measured: time limit"
+    return peer is None or peer.get("reason") == OUT_OF_TIME
 
 
 def merged(contents: dict[str, dict]) -> dict:
@@ -62,12 +67,12 @@ def merged(contents: dict[str, dict]) -> dict:
     for name, content in contents.items():
         if "gpu" not in content.get("machine", {}):
             raise ValueError(f"{name} must be a run of python -m benchmarks gpu")
-    in_order = sorted(contents.items(), key=lambda item: item[1]["date"])
-    first_name, first = in_order[0]
+    by_date = sorted(contents.items(), key=lambda item: item[1]["date"])
+    first_name, first = by_date[0]
     rows: dict[str, dict] = {}
     versions: dict[str, str] = {}
     runs: list[dict] = []
-    for name, content in in_order:
+    for name, content in by_date:
         for fact, value in facts(content).items():
             if value != facts(first)[fact]:
                 was = facts(first)[fact]
@@ -79,12 +84,11 @@ def merged(contents: dict[str, dict]) -> dict:
         versions |= {peer: v for peer, v in peers.items() if v != "absent" or peer not in versions}
         about = {key: content.get(key) for key in ("date", "command", "ceilings")}
         runs += content.get("runs", [about])
-    last = in_order[-1][1]
-    order = [str(row) for row in ROWS]
+    last = by_date[-1][1]
     return last | {
         "machine": last["machine"] | {"peers": versions},
         "runs": runs,
-        "rows": [rows[row] for row in order if row in rows],
+        "rows": in_order(rows),
     }
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import report
+from benchmarks.entry import OUT_OF_TIME
 from benchmarks.peers import PEERS
 from benchmarks.rows import ROWS, Row, chosen
-from benchmarks.worker import OUT_OF_TIME
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

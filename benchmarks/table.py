@@ -56,7 +56,7 @@ def newest(kind: str) -> tuple[Path, dict] | None:
     if not found:
         return None
     if kind == "gpu":
-        return RESULTS, across_commits({str(path): content for path, content in found.items()})
+        return RESULTS, across_commits(list(found.values()))
     return max(found.items(), key=lambda item: item[1]["date"])
 
 

@@ -16,13 +16,12 @@ import torch
 
 import gdn_ops
 from benchmarks import ours
-from benchmarks.entry import Entry, measured
+from benchmarks.entry import OUT_OF_TIME, Entry, measured
 from benchmarks.peers import find
 from benchmarks.rows import LAYOUTS, MODELS, Row, parse
 from benchmarks.timing import ceilings
 
 Say = Callable[..., None]
-OUT_OF_TIME = "not measured: time limit"
 # What our own numbers of a row need at most; so much is kept for each of the rows to come.
 SECONDS_A_ROW = 5
 

@@ -65,7 +65,7 @@ def test_a_table_has_the_latest_of_each_row_and_its_commit():
     late = run("2026-11-25", us=3.0, commit="def")
     late["rows"][0]["peers"] = {"vLLM": {"reason": "not measured: time limit"}}
     other = run("2026-11-23", us=1.0, gpu="NVIDIA H200")
-    content = merge.across_commits({"a": early, "b": late, "c": other})
+    content = merge.across_commits([early, late, other])
     step, prefill = content["rows"]
     assert (step["us"], step["commit"]) == (3.0, "def")
     assert step["peers"] == {"vLLM": {"us": 5.0, "errors": {}, "beside": "abc"}}
@@ -100,7 +100,7 @@ def test_merged_numbers_are_a_file_for_the_tables(tmp_path):
     files = [str(tmp_path / name) for name in ("a.json", "b.json")]
     merge.main([*files, "-o", str(tmp_path / "c.json")])
     content = json.loads((tmp_path / "c.json").read_text())
-    content = merge.across_commits({"c": content})
+    content = merge.across_commits([content])
     assert "decode 1x16 fp32" in table.gpu_table({str(row): str(row) for row in ROWS}, content)
 
 
