@@ -33,7 +33,7 @@ from .arch import ARCHS, find_arch
 from .fake_gpu import fake_gpu, generate
 from .generated import GeneratedModule, Kernel, Launch, kernel_origins, library_calls
 from .inspect_report import print_report
-from .inspect_script import ScriptError, captured_graphs
+from .inspect_script import ScriptError, captured_graphs, require_script
 from .sass import compile_generated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,14 +123,9 @@ def inspect(
         ValueError: ``arch`` is not known, or ``mode`` is one that measures.
         RuntimeError: torch is a CPU build and there is no C++ compiler, or TRITON_INTERPRET=1.
     """
-    find_arch(arch)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("inspect: TRITON_INTERPRET must be unset to compile kernels, got 1")
+    _require_compiler(arch)
     target, args = factory()
-    if dtype is not None:
-        target, args = _converted(target, args, dtype)
-    modules = generate(target, args, arch=arch, mode=mode, fullgraph=fullgraph)
-    return [_graph_report(module, arch) for module in modules]
+    return _reports(target, args, arch, dtype, mode, fullgraph)
 
 
 def inspect_script(
@@ -151,15 +146,32 @@ def inspect_script(
         mode: As for ``inspect``. Default: the script's, where that is one of CUDA graphs.
 
     Raises:
-        ScriptError: a ValueError: there is no such script, it compiles nothing, or it fails.
+        ValueError: as for ``inspect``; a ``ScriptError`` where there is no such script, it compiles
+            nothing, or it fails.
         RuntimeError: as for ``inspect``.
     """
+    _require_compiler(arch)
     graphs = []
     for found in captured_graphs(script, argv):
         with torch.set_grad_enabled(found.is_grad_enabled):
-            call = found.graph, found.inputs
-            graphs += inspect(lambda: call, arch=arch, dtype=dtype, mode=mode or found.mode)  # noqa: B023
+            graphs += _reports(found.graph, found.inputs, arch, dtype, mode or found.mode, True)
     return graphs
+
+
+def _require_compiler(arch: str) -> None:
+    """Raise before anything is run where nothing can be compiled."""
+    find_arch(arch)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("inspect: TRITON_INTERPRET must be unset to compile kernels, got 1")
+
+
+def _reports(
+    target: Any, args: Any, arch: str, dtype: torch.dtype | None, mode: str | None, fullgraph: bool
+) -> list[GraphReport]:
+    if dtype is not None:
+        target, args = _converted(target, args, dtype)
+    modules = generate(target, args, arch=arch, mode=mode, fullgraph=fullgraph)
+    return [_graph_report(module, arch) for module in modules]
 
 
 def _converted(target: Any, args: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -264,8 +276,7 @@ def with_arguments(factory: Callable[..., Any], given: Sequence[str]) -> Callabl
 
 
 def _load_script(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"inspect: TARGET must name a script that exists, got {str(path)!r}")
+    require_script(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -45,14 +45,19 @@ class Captured(NamedTuple):
     is_grad_enabled: bool
 
 
+def require_script(path: Path) -> None:
+    """Raise ``ScriptError`` where there is no such file."""
+    if not path.is_file():
+        raise ScriptError(f"inspect: TARGET must name a script that exists, got {str(path)!r}")
+
+
 def captured_graphs(script: Path, argv: Sequence[str] = ()) -> list[Captured]:
     """Run ``script`` with these arguments; return what it compiled with Inductor, in that order.
 
     Raises:
         ScriptError: there is no such file, it compiled nothing, or its exit code is not 0.
     """
-    if not script.is_file():
-        raise ScriptError(f"inspect: TARGET must name a script that exists, got {str(script)!r}")
+    require_script(script)
     found: list[Captured] = []
     # A script finds its neighbours.
     paths = [str(script.parent), *sys.path]
@@ -84,11 +89,10 @@ def _capturing(found: list[Captured]) -> Any:
         if backend != "inductor":
             return compile_(model, backend=backend, mode=mode, **settings)
         settings.pop("options", None)
-        has_graphs = mode in ("reduce-overhead", "max-autotune")
+        kept_mode = "reduce-overhead" if mode in ("reduce-overhead", "max-autotune") else None
 
         def keep(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
             described = tuple([_described(x) for x in inputs])
-            kept_mode = "reduce-overhead" if has_graphs else None
             found.append(Captured(_on_gpu(graph), described, kept_mode, torch.is_grad_enabled()))
             return graph.forward
 
@@ -116,14 +120,12 @@ def _gpu_for_cpu(x: Any) -> Any:
 
 def _described(x: Any) -> Any:
     """A tensor like ``x`` on meta; of a symbol its example."""
-    if isinstance(x, torch.SymInt):
-        return _example(x)
     if not isinstance(x, Tensor):
-        return x
+        return _example(x)
     sizes, strides = ([_example(n) for n in numbers] for numbers in (x.size(), x.stride()))
     made = torch.empty_strided(sizes, strides, dtype=x.dtype, device="meta")
     return made.requires_grad_(x.requires_grad)
 
 
-def _example(n: Any) -> int:
+def _example(n: Any) -> Any:
     return int(n.node.hint) if isinstance(n, torch.SymInt) else n
