@@ -201,7 +201,7 @@ def select(
     inputs: list[IRNode],
     layout: ir.Layout,
     generators: dict[int, Callable[[Any], torch.Tensor]],
-    computed: Sequence[Any] = (),
+    inside: Sequence[Any] = (),
 ) -> Any:
     """The only choice, or the fastest; a mutation would be lost in a multi-template buffer."""
     keywords: dict[str, Any] = {"return_multi_template": False}
@@ -213,7 +213,7 @@ def select(
     # A kernel is named after its origins; what computes its inputs elsewhere is none of them.
     buffer, operator = node.data.data, V.graph.current_node
     if operator in getattr(buffer, "origins", ()):
-        buffer.origins = type(buffer.origins)([*computed, *stage_of(operator, name), operator])
+        buffer.origins = type(buffer.origins)([*inside, *stage_of(operator, name), operator])
     return node
 
 

@@ -18,7 +18,6 @@ class Computed(NamedTuple):
     """A tensor that is in no memory yet, as a kernel computes it."""
 
     element: Any  # the subgraph of a template that makes one element of it
-    sources: list[str]  # the buffers that it reads
     origins: list[Any]  # the user's operations
 
 
@@ -39,13 +38,14 @@ def take_computed(
         written: What the kernel writes. Nothing may be computed from it, since another program may
             have written it by then.
     """
-    taken = {}
+    taken, place = {}, _inductor.storage_name(written)
     for name in names:
         x = tensors[name]
         if x is None or len(x.get_size()) != rank:
             continue
         found = _inductor.computed(x, element_index(rank))
-        place = _inductor.storage_name(written)
-        if found is not None and place not in found[1]:
-            taken[name] = Computed(*found)
+        if found is not None:
+            element, sources, origins = found
+            if place not in sources:
+                taken[name] = Computed(element, origins)
     return {name: None if name in taken else x for name, x in tensors.items()}, taken

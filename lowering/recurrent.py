@@ -63,6 +63,13 @@ def _configs(K: int, V: int, state: IRNode, heads: int | None) -> list[Config]:
     return [Config.of(w, 1, BV=b, **fixed) for b, w in choices]
 
 
+def _known(sizes: list[Any]) -> list[int] | None:
+    """Sizes as numbers; None where one is a symbol."""
+    numbers = _inductor.hints(sizes)
+    is_known = all(_inductor.is_known(x == n) for x, n in zip(sizes, numbers, strict=True))
+    return numbers if is_known else None
+
+
 def _call(
     tensors: dict[str, IRNode | None],
     computed: dict[str, Computed],
@@ -85,10 +92,9 @@ def _call(
     assert written is not None
     # Packed rows have one sequence more, the tokens of none.
     sequences = B if cu_seqlens is None else cu_seqlens.get_size()[0]
-    [rows] = _inductor.hints([sequences])
     # One code for every batch has the tile that is good for most of them.
-    is_one_tile = exact or is_table or not _inductor.is_known(sequences == rows)
-    heads = None if is_one_tile else rows * HV
+    known = None if exact or is_table else _known([sequences])
+    heads = None if known is None else known[0] * HV
     return TEMPLATE.call(
         tensors,
         _inductor.contiguous_layout(v, [B, T, HV, V], v.get_dtype()),
@@ -130,8 +136,8 @@ def _verify_tiles(tensors: dict[str, IRNode | None]) -> VerifyTiles | None:
         return None
     bounds = tensors["cu_seqlens"]
     sizes = [q.get_size()[1], *(() if bounds is None else bounds.get_size())]
-    numbers = _inductor.hints(sizes)
-    if not all(_inductor.is_known(x == n) for x, n in zip(sizes, numbers, strict=True)):
+    numbers = _known(sizes)
+    if numbers is None:
         return None  # one code for every length
     rows = None if bounds is None else numbers[1] - 1
     K = _inductor.static_int(q.get_size()[3])

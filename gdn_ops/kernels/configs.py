@@ -116,10 +116,6 @@ class VerifyTiles(NamedTuple):
 # 32 rows are right, but their operands leave the registers that loaded the state, and for 4 tokens
 # of bfloat16 a thread spills (cross-compiled, tests/test_cross_compile.py).
 VERIFY_TOKENS = {2: 4, 4: 4}
-# Loads of tokens before the first product / where they are needed, with norms and gates inside, us
-# on an H200 (2026-11-25). They take registers, and ptxas then loads a state of float32 in pieces:
-#     float32    4 tokens of 64, 256 rows   127 / 101   470 / 371    8 of 64   107 / 133
-#     bfloat16                               66 / 69    231 / 246               71 / 108
 
 
 def verify_tiles(
@@ -153,7 +149,11 @@ def verify_tiles(
         STATE_PARTS=parts[state] if rows is None else 3,
         TOKEN_PARTS=parts[token],
         UPDATE_PARTS=3 if state == torch.float32 else 2,
-        # Of packed rows, which are a loop, a thread would spill.
+        # Loads of tokens before the first product / where they are needed, with norms and gates
+        # inside, us on an H200 (2026-11-25). They take registers, and ptxas then loads a state of
+        # float32 in pieces; of packed rows, which are a loop, a thread would spill.
+        #     float32    4 tokens of 64, 256 rows   127 / 101   470 / 371    8 of 64   107 / 133
+        #     bfloat16                               66 / 69    231 / 246               71 / 108
         EARLY=rows is None and (state.itemsize == 2 or BT > 4),
         num_warps=1,
     )
