@@ -4,13 +4,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from chunk_witnesses import assert_equals_oracle, assert_updates_like_oracle, witnesses
 from delta_rule_cases import OPTIONS, SHAPES, shape_call
 from inputs import Shape, cu_seqlens, indices, make_inputs, make_state, spread
-from tolerance import (
-    assert_all_as_accurate_as_plain,
-    assert_as_accurate_as_plain,
-    assert_bitwise_equal,
-)
+from tolerance import assert_all_as_accurate_as_plain, assert_bitwise_equal
 
 from gdn_ops.kernels.configs import Gpu
 
@@ -42,26 +39,9 @@ def kernels_of_a_device(kernels, monkeypatch, request):
     return kernels
 
 
-def _witnesses(function, dtype, *args, **options):
-    """The plain operator is the oracle's loop in ``dtype``, that of the products."""
-    exact = function(*args, **options)
-    plain = function(*args, **options, dtype=dtype)
-    return exact, tuple(x.float() for x in plain)
-
-
-def _assert_equals_oracle(kernels, call):
-    args, options = call
-    assert kernels.supports(*args, **options) is None
-    exact, plain = _witnesses(oracle.delta_rule, args[0].dtype, *args, **options)
-    actual = kernels.chunk(*args, **options)
-    assert actual[0].dtype == args[0].dtype
-    assert all(x.is_contiguous() for x in actual)
-    assert_all_as_accurate_as_plain(actual, exact, plain, terms=args[0].shape[-1])
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernels_are_as_accurate_as_the_plain_loop(shape, kernels):
-    _assert_equals_oracle(kernels, shape_call(shape, torch.float32, "cpu"))
+    assert_equals_oracle(kernels, shape_call(shape, torch.float32, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -76,12 +56,12 @@ def test_the_kernels_are_as_accurate_as_the_plain_loop(shape, kernels):
     ids=str,
 )
 def test_short_floats_are_as_accurate_as_a_loop_in_them(shape, dtype, kernels_of_a_device):
-    _assert_equals_oracle(kernels_of_a_device, shape_call(shape, dtype, "cpu"))
+    assert_equals_oracle(kernels_of_a_device, shape_call(shape, dtype, "cpu"))
 
 
 @pytest.mark.parametrize("case", [x for x in OPTIONS if x not in NOT_SERVED])
 def test_every_option_means_what_the_oracle_says(case, kernels):
-    _assert_equals_oracle(kernels, OPTIONS[case]("cpu"))
+    assert_equals_oracle(kernels, OPTIONS[case]("cpu"))
 
 
 @pytest.mark.parametrize("case", NOT_SERVED)
@@ -97,7 +77,7 @@ def test_packed_sequences_equal_the_loop(lengths, use_qk_l2norm, kernels_of_a_de
     tokens = make_inputs(1, sum(lengths) + 5, H, HV, K, V, torch.float16)
     states, bounds = make_state(len(lengths), HV, V, K), cu_seqlens(lengths)
     options = {"use_qk_l2norm": use_qk_l2norm}
-    exact, plain = _witnesses(oracle.delta_rule, torch.float16, *tokens, states, bounds, **options)
+    exact, plain = witnesses(oracle.delta_rule, torch.float16, *tokens, states, bounds, **options)
     for x in tokens:
         x[:, sum(lengths) :] = torch.nan
     actual = kernels_of_a_device.chunk(*tokens, states, bounds, **options)
@@ -111,43 +91,30 @@ def test_more_sequences_than_are_searched_at_once_equal_the_loop(kernels, monkey
     lengths = (1, 0, 2, 3, 0, 0, 4, 1, 17, 0, 2)
     tokens = make_inputs(1, sum(lengths) + 2, 1, 1, K, V)
     call = (*tokens, make_state(len(lengths), 1, V, K), cu_seqlens(lengths, torch.int64))
-    _assert_equals_oracle(kernels, (call, {}))
+    assert_equals_oracle(kernels, (call, {}))
 
 
-@pytest.mark.parametrize("BT", [16, 32, 64])
-def test_keys_that_are_all_alike_lose_no_digits(BT, kernels, monkeypatch):
-    """The inverse of a chunk is then ones beside the diagonal, its powers are in the thousands."""
+@pytest.mark.parametrize(
+    ("BT", "dtype"),
+    [(16, torch.float32), (32, torch.float32), (64, torch.float16), (64, torch.bfloat16)],
+    ids=str,
+)
+def test_keys_that_are_all_alike_lose_no_digits(BT, dtype, kernels, monkeypatch):
+    """The inverse of a chunk is then ones beside the diagonal, its powers are in the thousands.
+
+    Chunks of the lengths that each dtype has.
+    """
     monkeypatch.setattr(kernels, "pick", lambda *_: kernels.Tiles(BT, 32, 16, 4, 1))
-    tokens = make_inputs(1, 70, 1, 1, 20, 7)
+    tokens = make_inputs(1, 70, 1, 1, 20, 7, dtype)
     tokens.k[:] = tokens.k[:, :1].clone()
-    _assert_equals_oracle(kernels, ((*tokens._replace(g=None, beta=None),), {}))
+    assert_equals_oracle(kernels, ((*tokens._replace(g=None, beta=None),), {}))
 
 
 @pytest.mark.parametrize("g", [-100.0, -1e4, -torch.inf])
 def test_decay_at_every_token_leaves_only_that_token(g, kernels_of_a_device):
     tokens = make_inputs(1, 66, 1, 2, K, 8, torch.float16)
     tokens = tokens._replace(g=torch.full_like(tokens.g, g), beta=None)
-    _assert_equals_oracle(kernels_of_a_device, ((*tokens, make_state(1, 2, 8, K)), {}))
-
-
-def _assert_updates_like_oracle(kernels, tokens, pool, slots, dtype=torch.float32, **options):
-    """Outputs and the whole pool: what is not written must be the same bits."""
-    exact, plain = _witnesses(oracle.delta_rule_into_pool, dtype, *tokens, pool, slots, **options)
-    before = pool.clone()
-    o = kernels.chunk_(
-        *tokens,
-        pool,
-        slots,
-        options.pop("has_initial_state", None),
-        options.pop("cu_seqlens", None),
-        options.pop("read_indices", None),
-        **options,
-    )
-    assert_as_accurate_as_plain(o, exact[0], plain[0], terms=K, name="o")
-    assert_as_accurate_as_plain(pool, exact[1], plain[1], terms=K, name="pool")
-    untouched = (exact[1] == before.double()).flatten(1).all(1)
-    assert_bitwise_equal(pool[untouched], before[untouched], "untouched slots")
-    return o, untouched
+    assert_equals_oracle(kernels_of_a_device, ((*tokens, make_state(1, 2, 8, K)), {}))
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -156,7 +123,7 @@ def test_packed_rows_update_their_slots_alone(state_dtype, index_dtype, kernels)
     tokens = make_inputs(1, sum(LENGTHS), H, HV, K, V)
     pool = make_state(SLOTS, HV, V, K, state_dtype)
     slots, bounds = indices([6, 1, 0, 4, 2], index_dtype), cu_seqlens(LENGTHS)
-    _, untouched = _assert_updates_like_oracle(kernels, tokens, pool, slots, cu_seqlens=bounds)
+    _, untouched = assert_updates_like_oracle(kernels, tokens, pool, slots, cu_seqlens=bounds)
     # Slot 1 is that of the empty sequence, slots 3 and 5 are those of none.
     assert untouched.tolist() == [False, True, False, True, False, True, False]
 
@@ -168,7 +135,7 @@ def test_padding_rows_are_zero_and_touch_no_state(slots, null_index, kernels_of_
     for x in tokens:
         x[[0, 2]] = torch.nan
     pool = make_state(SLOTS, HV, V, K)
-    o, _ = _assert_updates_like_oracle(
+    o, _ = assert_updates_like_oracle(
         kernels_of_a_device, tokens, pool, indices(slots), torch.float16, null_index=null_index
     )
     assert_bitwise_equal(o[[0, 2]], torch.zeros_like(o[[0, 2]]))
@@ -179,7 +146,7 @@ def test_padding_between_packed_rows_does_not_leak(kernels_of_a_device):
     for x in tokens:
         x[:, 3:69] = torch.nan
     slots, bounds = indices([6, 1, -1, 4, 2]), cu_seqlens(LENGTHS)
-    _assert_updates_like_oracle(
+    assert_updates_like_oracle(
         kernels_of_a_device,
         tokens,
         make_state(SLOTS, HV, V, K),
@@ -193,7 +160,7 @@ def test_a_slot_is_read_only_where_there_is_an_initial_state(kernels):
     tokens = make_inputs(3, 35, H, HV, K, V)
     pool = make_state(SLOTS, HV, V, K)
     has = torch.tensor([True, False, True])
-    _assert_updates_like_oracle(kernels, tokens, pool, indices([5, 0, 3]), has_initial_state=has)
+    assert_updates_like_oracle(kernels, tokens, pool, indices([5, 0, 3]), has_initial_state=has)
     pool[0] = torch.nan
     o = kernels.chunk_(*tokens, pool, indices([5, 0, 3]), has)
     assert o.isfinite().all()
@@ -203,7 +170,7 @@ def test_a_slot_is_read_only_where_there_is_an_initial_state(kernels):
 def test_the_slot_read_may_be_another_than_the_slot_written(kernels):
     tokens, pool = make_inputs(3, 35, H, HV, K, V), make_state(SLOTS, HV, V, K)
     read = indices([1, 0, -1])
-    _assert_updates_like_oracle(kernels, tokens, pool, indices([5, 0, 3]), read_indices=read)
+    assert_updates_like_oracle(kernels, tokens, pool, indices([5, 0, 3]), read_indices=read)
 
 
 @pytest.mark.parametrize("slots", [None, [4, 2]], ids=["None", "scattered"])
