@@ -1,5 +1,5 @@
 """``chunk`` and ``chunk_`` as two templates, of ``gdn_ops/kernels/chunk_prepare.py`` and
-``gdn_ops/kernels/chunk_scan.py``."""
+``gdn_ops/kernels/chunk_scan.py``; where sequences are split, two more (chunk_segments.py)."""
 
 import logging
 from typing import Any
@@ -10,9 +10,10 @@ from torch.utils._sympy.functions import FloorDiv
 
 from gdn_ops.kernels import chunk as kernels
 from gdn_ops.kernels import chunk_prepare, chunk_scan
+from gdn_ops.kernels.chunk_segments import BN, WHOLE
 from gdn_ops.kernels.configs import Gpu, gpu_at
 
-from . import _inductor, epilogue, timing
+from . import _inductor, chunk_segments, epilogue, timing
 from ._inductor import IRNode, Unsupported
 from .template import Config, KernelTemplate, require_cuda
 
@@ -89,10 +90,8 @@ def _call(
     null_index: int,
     in_place: bool,
 ) -> Any:
-    """Add both kernels to the graph; returns ``o``."""
-    q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    cu_seqlens, indices = tensors["cu_seqlens"], tensors["state_indices"]
-    g, beta = tensors.pop("g"), tensors.pop("beta")
+    """Add the kernels to the graph; returns ``o``."""
+    q, k, v, bounds = (tensors[name] for name in ("q", "k", "v", "cu_seqlens"))
     assert q is not None
     assert k is not None
     assert v is not None
@@ -100,58 +99,34 @@ def _call(
     HV, V = v.get_size()[2:]
     H, K, HV, V = (_inductor.static_int(size) for size in (H, K, HV, V))
     # Packed rows have one sequence more, the tokens of none.
-    sequences = B if cu_seqlens is None else cu_seqlens.get_size()[0]
+    sequences = B if bounds is None else bounds.get_size()[0]
     dtype = q.get_dtype()
     gpu = gpu_at(_inductor.device(q).index or 0)
     heads = _inductor.hints([sequences])[0] * HV
     fit = all(_fits_descriptor(x) for x in (q, k, v))
     use_descriptors = gpu.has_descriptors and dtype != torch.float32 and fit
-    why_pointers = _why_pointers(in_place, use_descriptors)
-    tiles = kernels.pick(K, V, dtype, heads, gpu, why_pointers is None)
-    if why_pointers is None and not kernels.stores_late(tiles, gpu):
-        why_pointers = f"K = {K} on {gpu.arch} leaves no room for its tile"
-    is_late = why_pointers is None
-    store, why = "through pointers", why_pointers
-    if why is None:
-        store, why = "by a descriptor", "nothing can be fused into the store"
-    log.debug("%s: o is stored %s: %s", SCAN.name, store, why)
-    sizes: dict[str, Any] = {"H": H, "HV": HV, "K": K}
-    flags: dict[str, Any] = {"IS_VARLEN": cu_seqlens is not None, "USE_QK_L2NORM": use_qk_l2norm}
-    operands: dict[str, Any] = {
+    tiles, is_late = _choose_store(K, V, dtype, heads, gpu, use_descriptors, in_place)
+    constants: dict[str, Any] = {
+        "H": H,
+        "HV": HV,
+        "K": K,
+        "IS_VARLEN": bounds is not None,
+        "USE_QK_L2NORM": use_qk_l2norm,
         "DOT": str(dtype).replace("torch", "tl"),
         "PRECISION": repr(kernels.PRECISION),
     }
-    generators = timing.of_rows(q, cu_seqlens, indices)
-
-    chunks = FloorDiv(T + tiles.BT - 1, tiles.BT)
-    places = B * chunks if cu_seqlens is None else chunks + cu_seqlens.get_size()[0] - 1
-    wide = torch.float64 if dtype == torch.float32 else torch.float32
-    rows = kernels.rows_of_decays(use_qk_l2norm, is_scaled=True)
-    weights = _inductor.new_buffer(q, [B, T, HV, tiles.BT], dtype)
-    G = _inductor.new_buffer(q, [places, HV, rows, tiles.BT], wide)
-    inverse = PREPARE.call(
-        {
-            "q": q,
-            "k": k,
-            "g": g,
-            "beta": beta,
-            "cu_seqlens": cu_seqlens,
-            "G": G,
-            "weights": weights,
-        },
-        _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
-        [prepare_config(dtype, gpu, tiles.BT, tiles.BK, H, HV, places)],
-        mutated=["G", "weights"],
-        call_sizes=[places, HV],
-        generators=generators,
-        HAS_G=g is not None,
-        HAS_BETA=beta is not None,
-        IS_SCALED=True,
-        **sizes,
-        **flags,
-        **operands,
-    )
-    tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
+    generators = timing.of_rows(q, bounds, tensors["state_indices"])
+    _add_prepare(tensors, tiles, gpu, constants, generators)
+    split = chunk_segments.choose(v, bounds, tiles, gpu)
+    constants |= {"USE_DESCRIPTORS": use_descriptors}
+    if split != WHOLE:
+        tensors["segment_states"] = chunk_segments.enter_segments(
+            tensors, split, tiles, gpu, null_index, constants, generators
+        )
+        sequences = chunk_segments.places(v, bounds, tiles.BT, split) * B
+        sequences += 0 if bounds is None else 1
+        if not in_place:
+            tensors["state"] = None  # the scan does not read it
     mutated = ["state" if in_place else "final_state"]
     shape = [B, T, HV, V]
     # New and contiguous, it fits a descriptor where v does.
@@ -173,18 +148,73 @@ def _call(
         null_index=null_index,
         V=V,
         HAS_STATE=tensors["state"] is not None,
-        HAS_INDICES=indices is not None,
+        HAS_INDICES=tensors["state_indices"] is not None,
         HAS_READ_INDICES=tensors["read_indices"] is not None,
         HAS_INITIAL_STATE=tensors["has_initial_state"] is not None,
         IS_POOL=in_place,
-        USE_DESCRIPTORS=use_descriptors,
         USE_DESCRIPTOR_STORE=is_late,
         INDEX="tl.int32" if _inductor.is_known(B * T * HV * V < 2**31) else "tl.int64",
-        **sizes,
-        **flags,
-        **operands,
+        BN=BN,
+        **constants,
+        **split._asdict(),
     )
     return own if stored is None else _inductor.as_result(stored)
+
+
+def _choose_store(
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    heads: int,
+    gpu: Gpu,
+    use_descriptors: bool,
+    in_place: bool,
+) -> tuple[kernels.Tiles, bool]:
+    """Tiles of the scan, and whether it stores its output late, by a descriptor."""
+    why_pointers = _why_pointers(in_place, use_descriptors)
+    tiles = kernels.pick(K, V, dtype, heads, gpu, why_pointers is None)
+    if why_pointers is None and not kernels.stores_late(tiles, gpu):
+        why_pointers = f"K = {K} on {gpu.arch} leaves no room for its tile"
+    if why_pointers is None:
+        log.debug("%s: o is stored by a descriptor: nothing can be fused into the store", SCAN.name)
+    else:
+        log.debug("%s: o is stored through pointers: %s", SCAN.name, why_pointers)
+    return tiles, why_pointers is None
+
+
+def _add_prepare(
+    tensors: dict[str, IRNode | None],
+    tiles: kernels.Tiles,
+    gpu: Gpu,
+    constants: dict[str, Any],
+    generators: dict[str, Any],
+) -> None:
+    """Put what ``prepare_kernel`` makes of q, k, g and beta in place of g and beta."""
+    g, beta, bounds = tensors.pop("g"), tensors.pop("beta"), tensors["cu_seqlens"]
+    q = tensors["q"]
+    assert q is not None
+    B, T = q.get_size()[:2]
+    H, HV, dtype = constants["H"], constants["HV"], q.get_dtype()
+    chunks = FloorDiv(T + tiles.BT - 1, tiles.BT)
+    places = B * chunks if bounds is None else chunks + bounds.get_size()[0] - 1
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    rows = kernels.rows_of_decays(constants["USE_QK_L2NORM"], is_scaled=True)
+    weights = _inductor.new_buffer(q, [B, T, HV, tiles.BT], dtype)
+    G = _inductor.new_buffer(q, [places, HV, rows, tiles.BT], wide)
+    inputs = {"q": q, "k": tensors["k"], "g": g, "beta": beta, "cu_seqlens": bounds}
+    inverse = PREPARE.call(
+        {**inputs, "G": G, "weights": weights},
+        _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
+        [prepare_config(dtype, gpu, tiles.BT, tiles.BK, H, HV, places)],
+        mutated=["G", "weights"],
+        call_sizes=[places, HV],
+        generators=generators,
+        HAS_G=g is not None,
+        HAS_BETA=beta is not None,
+        IS_SCALED=True,
+        **constants,
+    )
+    tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
 
 
 def _why_pointers(in_place: bool, use_descriptors: bool) -> str | None:

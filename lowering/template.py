@@ -220,6 +220,8 @@ def _argument(
         return f"{name} = {{{{stride({source!r}, {index})}}}}"
     if name in template.sizes:
         tensor, _, axis = template.sizes[name].rpartition("_")
+        if tensor not in ranks and tensor != template.output:
+            return f"{name} = None"
         return f"{name} = {{{{size({tensor!r}, {template.axes[tensor].index(axis)})}}}}"
     return None  # a constexpr
 

@@ -11,12 +11,14 @@ descriptors: initcheck does not see what they write.
 
 import itertools
 import sys
+from unittest import mock
 
 import torch
 from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_state
 
 import gdn_ops
 from gdn_ops.kernels import chunk
+from gdn_ops.kernels.chunk_segments import Split
 from gdn_ops.kernels.configs import gpu_at
 
 LENGTHS = (33, 0, 70)
@@ -49,6 +51,18 @@ def delta_rule(dtype, packed, sizes):
     torch.autograd.grad([o.float().sum(), final_state.sum()], leaves)
 
 
+def segments(dtype, packed, sizes):
+    """A prefill on a pool that is split, into segments of one chunk."""
+    _, HV, K, V = sizes
+    shape = (1, 205) if packed else (2, 150)
+    bounds = cu_seqlens((130, 70), device="cuda") if packed else None
+    tokens = make_inputs(*shape, *sizes, dtype, device="cuda")
+    pool = make_state(5, HV, V, K, device="cuda")
+    slots = indices([4, 2], device="cuda")
+    with mock.patch.object(chunk, "choose", return_value=Split(SEGMENTS=1000, LEAST=1)):
+        chunk.chunk_(*tokens, pool, slots, cu_seqlens=bounds, use_qk_l2norm=packed)
+
+
 def convolution(dtype, packed, D):
     """Whole sequences and their gradients, then the next tokens on a pool."""
     N, W = len(LENGTHS), 4
@@ -73,6 +87,7 @@ def main(names, with_descriptors):
     for name, packed in itertools.product(names or dtypes, (False, True)):
         for sizes in SIZES:
             delta_rule(dtypes[name], packed, sizes)
+            segments(dtypes[name], packed, sizes)
         for D in (256, 42):
             convolution(dtypes[name], packed, D)
         torch.cuda.synchronize()

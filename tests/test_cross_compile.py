@@ -84,6 +84,18 @@ def prefill_pool():
     chunk.chunk_(*tokens(1, 1000), states(33), *slots, use_qk_l2norm=True)
 
 
+def prefill_segments(is_packed=False):
+    """Few heads, as a rank of tensor parallelism has, and tokens for several segments."""
+    q, k, v = new(1, 8200, 2, K), new(1, 8200, 2, K), new(1, 8200, 4, V)
+    gates = (new(1, 8200, 4, dtype=FP32), new(1, 8200, 4))
+    pool, slots = new(9, 4, V, K, dtype=FP32), integers(1)
+    if is_packed:
+        flags = (new(1, dtype=torch.bool), integers(2), integers(1))
+        chunk.chunk_(q, k, v, *gates, pool, slots, *flags, use_qk_l2norm=True)
+    else:
+        chunk.chunk(q, k, v, *gates, pool[:1])
+
+
 def prefill_slices():
     """Heads that do not start at multiples of 16 bytes, which descriptors need."""
     row = new(16, 1000, (2 * H + HV) * K + 2)
@@ -144,6 +156,8 @@ CALLS = {
     "prefill K=256": lambda: prefill(16, K=256),
     "prefill fp32": lambda: prefill(16, FP32),
     "prefill pool": prefill_pool,
+    "prefill segments": prefill_segments,
+    "prefill segments packed": lambda: prefill_segments(is_packed=True),
     "prefill slices": prefill_slices,
     "gradient": lambda: gradient(),
     "gradient without norm": lambda: gradient(l2norm=False),
@@ -162,7 +176,7 @@ CALLS = {
 }
 # Compiled for every architecture; sm_89 has the code of sm_80, and less shared memory.
 EVERYWHERE = (
-    *("decode fp32", "verify", "prefill", "prefill of one", "gradient"),
+    *("decode fp32", "verify", "prefill", "prefill of one", "prefill segments", "gradient"),
     *("convolve", "convolve token"),
 )
 ARCHS = ("sm_90", "sm_80", "sm_100", "gfx942")

@@ -35,6 +35,7 @@ IN_PLACE = {
     "verify": (gdn_ops.recurrent_, lambda: _tokens(4), _pool, (TABLE, ACCEPTED)),
     "verify once": (gdn_ops.recurrent_, lambda: _tokens(8), _pool, (indices([3, 1, -1]),)),
     "prefill": (gdn_ops.chunk_, lambda: _tokens(70), _pool, (indices([3, 1, -1]),)),
+    "prefill in segments": (gdn_ops.chunk_, lambda: _tokens(3000), _pool, (indices([3, 1, -1]),)),
     "convolution": (
         gdn_ops.causal_conv1d_,
         lambda: make_convolution(B, 4, D, W, BF16),
@@ -42,7 +43,7 @@ IN_PLACE = {
         (indices([3, 1, -1]), ACCEPTED),
     ),
 }
-TEMPLATES = {"prefill": 2}  # of the others one
+TEMPLATES = {"prefill": 2, "prefill in segments": 4}  # of the others one
 
 
 def _kinds(module):

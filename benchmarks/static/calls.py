@@ -59,6 +59,13 @@ def prefill(B: int, dtype: torch.dtype = BF16, K: int = K) -> None:
     chunk.chunk(*tokens(B, 1000, dtype, K), states(B, FP32, K), use_qk_l2norm=True)
 
 
+def prefill_segments() -> None:
+    """Few heads, as a rank of tensor parallelism has, and tokens for several segments."""
+    q, k, v, g, beta = tokens(1, 8200)
+    few = (*(x[:, :, :2] for x in (q, k)), *(x[:, :, :4] for x in (v, g, beta)))
+    chunk.chunk(*(x.contiguous() for x in few), states(1)[:, :4], use_qk_l2norm=True)
+
+
 def prefill_pool() -> None:
     slots = (integers(7), new(7, dtype=torch.bool), integers(8), integers(7))
     chunk.chunk_(*tokens(1, 1000), states(33), *slots, use_qk_l2norm=True)
@@ -108,6 +115,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "verify with one write K=128, bf16 state": lambda: verify_once(BF16),
     "prefill K=128, bf16": lambda: prefill(16),
     "prefill K=128, bf16, one sequence": lambda: prefill(1),
+    "prefill K=128, bf16, segments": prefill_segments,
     "prefill K=128, bf16, pointers": prefill_pointers,
     "prefill K=128, bf16, packed, pool": prefill_pool,
     "prefill K=128, fp16": lambda: prefill(16, FP16),

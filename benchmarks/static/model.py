@@ -103,10 +103,23 @@ def _chunks(args: Mapping[str, Any]) -> tuple[int, ...]:
     return (cdiv(args["T"], args["BT"]),)
 
 
+def _segment_chunks(args: Mapping[str, Any]) -> tuple[int, ...]:
+    [chunks] = _chunks(args)
+    if args["SEGMENTS"] == 1:
+        return (chunks,)
+    return (max(cdiv(chunks * args["B"], args["SEGMENTS"]), args["LEAST"]),)
+
+
+def _segments(args: Mapping[str, Any]) -> tuple[int, ...]:
+    return (cdiv(*_chunks(args), *_segment_chunks(args)),)
+
+
 # How often a kernel passes its loops, by their depth; others are passed once.
 TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "recurrent": lambda args: (args["T"],),
-    "scan": _chunks,
+    "carry": _segment_chunks,
+    "chain": _segments,
+    "scan": _segment_chunks,
     "chunk_replay": _chunks,
     "chunk_reverse": _chunks,
     "chunk_gradients": lambda args: (args["HV"] // args["H"], cdiv(args["V"], args["BV"])),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .chunk_prepare import prepare_kernel
 from .chunk_scan import scan_kernel
+from .chunk_segments import BN, WHOLE, choose, enter_segments
 from .configs import PREPARE_WARPS, SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
 from .launch import launch, strides
 from .plan import new_scratch
@@ -126,7 +127,8 @@ def prepare_choice(
     KB = min(BK, 64)
     # A stage more than are read: all reads are then before the first product. Of four, three are.
     stages = min(BK // KB, 3) + 1
-    return PrepareChoice(PREPARE_WARPS.get(gpu.arch, 4), has_room, KB, stages, heads)
+    num_warps = PREPARE_WARPS.get(gpu.arch, 4) if heads > 1 else 4
+    return PrepareChoice(num_warps, has_room, KB, stages, heads)
 
 
 _gpu_at = functools.cache(gpu_at)
@@ -245,6 +247,7 @@ def _launch(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0]  # packed: one more, the tokens of none
+    is_packed = cu_seqlens is not None
     gpu = _gpu_at(q.device.index)
     # Descriptors are of use where tensor cores read what they load.
     use_descriptors = gpu.has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
@@ -254,9 +257,28 @@ def _launch(
     is_late = use_descriptors and stores_late(tiles, gpu) and _fits_descriptor(o)
     if use_descriptors:
         triton.set_allocator(new_scratch)
+    constants = {
+        "USE_QK_L2NORM": use_qk_l2norm,
+        "USE_DESCRIPTORS": use_descriptors,
+        "DOT": _DOT[q.dtype],
+        "PRECISION": PRECISION,
+    }
+    walked, segment_states = N, None
+    chunks = B * cdiv(T, tiles.BT)
+    split = choose(N - is_packed, chunks, HV, V, tiles.BK, tiles.BV, q.dtype, gpu)
+    if split != WHOLE:
+        segment_states = enter_segments(
+            *(k, v, inverse, G, state, state_indices, has_initial_state, cu_seqlens, read_indices),
+            null_index=null_index,
+            split=split,
+            tiles=tiles,
+            constants=constants,
+            gpu=gpu,
+        )
+        walked = B * segment_states.shape[1] + is_packed
     launch(
         scan_kernel,
-        N * HV * cdiv(V, tiles.BV),
+        walked * HV * cdiv(V, tiles.BV),
         (
             q,
             k,
@@ -265,6 +287,7 @@ def _launch(
             weights,
             G,
             state,
+            segment_states,
             final_state,
             state_indices,
             has_initial_state,
@@ -284,6 +307,7 @@ def _launch(
             *strides(read_indices, 1),
             *o.stride(),
             T,
+            None if segment_states is None else B,
         ),
         scale=K**-0.5 if scale is None else scale,
         null_index=null_index,
@@ -296,16 +320,15 @@ def _launch(
         HAS_READ_INDICES=read_indices is not None,
         HAS_INITIAL_STATE=has_initial_state is not None,
         IS_POOL=is_pool,
-        IS_VARLEN=cu_seqlens is not None,
-        USE_QK_L2NORM=use_qk_l2norm,
-        USE_DESCRIPTORS=use_descriptors,
+        IS_VARLEN=is_packed,
         USE_DESCRIPTOR_STORE=is_late,
         INDEX=tl.int32 if o.numel() < 2**31 else tl.int64,
-        DOT=_DOT[q.dtype],
-        PRECISION=PRECISION,
         BT=tiles.BT,
         BK=tiles.BK,
         BV=tiles.BV,
+        BN=BN,
+        **constants,
+        **split._asdict(),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

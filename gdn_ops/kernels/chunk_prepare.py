@@ -72,7 +72,7 @@ def load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T):
 
 
 @triton.jit
-def find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT: tl.constexpr, BN: tl.constexpr):
+def find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT, BN: tl.constexpr):
     """The sequence of place ``i_c``, and its chunk in it: past its end in a place left over."""
     i_n = -1
     for i_block in range(0, N, BN):

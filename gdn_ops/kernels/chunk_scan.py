@@ -17,10 +17,13 @@ Tensors, beside those of the glossary and of chunk_prepare.py:
     decays       ``G`` of chunk_prepare.py
     state        read: the initial states, or the pool
     final_state  written: the final states, or with IS_POOL the pool once more
+    segment_states  [B, S, HV, V, K]  float32, contiguous, of chunk_chain.py: the state that enters
+                 each segment, where sequences are split; ``state`` is then not read
 
 Tiles and flags: ``BT`` tokens of a chunk; ``BK >= K``; ``BV`` rows of a state; ``DOT`` the dtype of
 operands; ``PRECISION`` the ``input_precision`` of float32 products; ``INDEX`` the dtype of a
-token's index in ``o``, int64 where its offset may pass 2**31. With USE_DESCRIPTORS tokens are
+token's index in ``o``, int64 where its offset may pass 2**31; ``SEGMENTS`` and ``LEAST`` of
+chunk_carry.py, 1 and absent where sequences are whole. With USE_DESCRIPTORS tokens are
 loaded by tensor descriptors, with USE_DESCRIPTOR_STORE the output is stored by one, where nothing
 is fused into its store: both need heads that start and end at multiples of 16 bytes, without gaps.
 The output of a chunk is then put together and stored while the next chunk is computed, so that no
@@ -31,7 +34,8 @@ used in the same round of a loop.
 import triton
 import triton.language as tl
 
-from .chunk_prepare import load_bounds
+from .chunk_carry import find_segment, segment_chunks
+from .chunk_prepare import find_chunk, load_bounds
 from .output import store_output
 
 AXES = {
@@ -42,6 +46,7 @@ AXES = {
     "weights": "bthj",
     "decays": "chrt",
     "state": "nhvk",
+    "segment_states": "bshvk",
     "final_state": "nhvk",
     "state_indices": "n",
     "has_initial_state": "n",
@@ -49,7 +54,7 @@ AXES = {
     "read_indices": "n",
     "o": "bthv",
 }
-SIZES = {"T": "q_t"}
+SIZES = {"T": "q_t", "B": "segment_states_b"}
 
 
 @triton.jit
@@ -61,6 +66,7 @@ def scan_kernel(
     weights,
     decays,
     state,
+    segment_states,
     final_state,
     state_indices,
     has_initial_state,
@@ -96,6 +102,7 @@ def scan_kernel(
     stride_o_h,
     stride_o_v,
     T,
+    B,
     scale: tl.constexpr,
     null_index: tl.constexpr,
     H: tl.constexpr,
@@ -114,13 +121,17 @@ def scan_kernel(
     INDEX: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    LEAST: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BN: tl.constexpr,
 ):
-    """One sequence, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``.
+    """One sequence or segment, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``.
 
-    Packed rows have one more sequence: the tokens past the last, which are padding.
+    Packed rows have one more sequence: the tokens past the last, which are padding. Of split ones
+    ``N`` are the places of segments.
     """
     tl.static_assert(BK >= K)
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -128,12 +139,23 @@ def scan_kernel(
     i_hv = tl.program_id(0) // NV % HV
     i_n = tl.program_id(0) // (NV * HV)
     i_h = i_hv // (HV // H)
+    if SEGMENTS > 1:
+        i_s = i_n.to(tl.int64)
+        chunks = segment_chunks(T, B, BT, SEGMENTS, LEAST)
+        if not IS_VARLEN:
+            i_n, i_segment = find_segment(i_n, T, chunks, BT)
+    if IS_VARLEN:
+        N = tl.num_programs(0) // (NV * HV) - 1
+        if SEGMENTS > 1:
+            N -= tl.cdiv(T, chunks * BT)
+            i_n, i_segment = find_chunk(
+                cu_seqlens, i_n, stride_cu_seqlens_n, N + 1, chunks * BT, BN
+            )
     i_b = i_n.to(tl.int64)
     i_first = i_b * 0
     length = T
     is_live = True
     if IS_VARLEN:
-        N = tl.num_programs(0) // (NV * HV) - 1
         is_live = i_n < N
         i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
         i_first = i_start.to(tl.int64)
@@ -157,7 +179,11 @@ def scan_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_state = (o_v < V)[:, None] & (o_k < K)[None, :]
     b_S = tl.zeros((BV, BK), tl.float32)
-    if HAS_STATE:
+    if SEGMENTS > 1:
+        p_state = segment_states + (i_s * HV + i_hv) * (V * K)
+        p_state += o_v[:, None] * K + o_k[None, :]
+        b_S = tl.load(p_state, m_state & is_live, 0.0)
+    elif HAS_STATE:
         m_read = is_live
         if HAS_INITIAL_STATE:
             m_read &= tl.load(has_initial_state + i_row * stride_has_initial_state_n) != 0
@@ -165,15 +191,27 @@ def scan_kernel(
         p_state += o_v[:, None] * stride_state_v + o_k[None, :] * stride_state_k
         b_S = tl.load(p_state, m_state & m_read, 0.0).to(tl.float32)
 
+    i_place = i_b * tl.cdiv(T, BT)
+    if IS_VARLEN:
+        i_place = i_first // BT + i_n
+    is_last = is_live
+    if SEGMENTS > 1:
+        # Places that are left over have no tokens, and are not the last.
+        i_skip = i_segment * (chunks * BT)
+        rest = length - i_skip
+        is_last = is_live & (rest <= chunks * BT) & ((rest > 0) | (i_segment == 0))
+        i_skip = tl.where(rest > 0, i_skip, 0)
+        length = tl.minimum(tl.maximum(rest, 0), chunks * BT)
+        valid = tl.where(is_live, length, 0)
+        i_first += i_skip
+        i_place += i_skip // BT
+
     p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
     p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
     o_block = ((i_b * T + i_first) * HV + i_hv) * BT
     p_inverse = inverse + o_block
     p_weights = weights + o_block
-    i_place = i_b * tl.cdiv(T, BT)
-    if IS_VARLEN:
-        i_place = i_first // BT + i_n
     ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 2
     p_decays = decays + (i_place * HV + i_hv) * (ROWS * BT)
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
@@ -272,4 +310,4 @@ def scan_kernel(
 
     p_final = final_state + i_write * stride_final_state_n + i_hv * stride_final_state_h
     p_final += o_v[:, None] * stride_final_state_v + o_k[None, :] * stride_final_state_k
-    tl.store(p_final, b_S.to(final_state.dtype.element_ty), m_state & is_live)
+    tl.store(p_final, b_S.to(final_state.dtype.element_ty), m_state & is_last)

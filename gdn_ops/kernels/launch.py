@@ -12,7 +12,7 @@ def launch(
     kernel: Any,
     programs: int,
     tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int, ...],
+    numbers: tuple[int | None, ...],
     num_warps: int,
     num_stages: int,
     **constants: Any,
@@ -23,7 +23,7 @@ def launch(
         kernel: A ``@triton.jit`` function.
         programs: Number of programs.
         tensors: Its first arguments; None where absent.
-        numbers: The arguments after those: strides and sizes.
+        numbers: The arguments after those: strides and sizes; None where absent.
         num_warps: Warps of a program.
         num_stages: Stages of its loops' pipelines.
         constants: The other arguments, by name.

@@ -1,0 +1,108 @@
+"""Prefills that are split into segments, on a GPU: of few heads, as a rank of several has."""
+
+import oracle
+import pytest
+import torch
+from inputs import cu_seqlens, indices, make_inputs, make_state
+from tolerance import assert_bitwise_equal, operands_of, witnesses
+
+import gdn_ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
+
+H, HV, K, V = 1, 2, 128, 128
+T = 3200
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def is_split(cuda):
+    """What is tested is split: this GPU has the multiprocessors for it."""
+    from gdn_ops.kernels.chunk_segments import WHOLE, choose
+    from gdn_ops.kernels.configs import gpu_at
+
+    assert choose(1, T // 64, HV, V, 128, 64, DTYPE, gpu_at(0)) != WHOLE
+
+
+def make_memories(T=T, seed=0):
+    """Tokens that forget so little that the first segment is seen in the last."""
+    sizes = (1, T, H, HV, K, V, DTYPE)
+    tokens = make_inputs(*sizes, device="cuda", strong_decay=False, seed=seed)
+    return tokens._replace(g=tokens.g / 64)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The loop's results of packed sequences on slots, exact and with operands of 16 bit."""
+    lengths = (1500, 0, 1600)
+    tokens, pool = make_memories(), make_state(6, HV, V, K, device="cuda")
+    slots, bounds = indices([4, 1, 2], device="cuda"), cu_seqlens(lengths, device="cuda")
+    found = witnesses(
+        oracle.delta_rule_into_pool,
+        *(*tokens, pool, slots),
+        cu_seqlens=bounds,
+        operands=operands_of(gdn_ops.chunk_, DTYPE),
+    )
+    return (tokens, pool, slots, bounds), found
+
+
+def _assert_as_accurate(actual, exact, plain):
+    """By the norm: products of 16-bit operands err at random, more at some tokens than others."""
+    for x, y, z in zip(actual, exact, plain, strict=True):
+        assert (x.cpu().double() - y).norm() <= 2 * (z.double() - y).norm()
+
+
+def _assert_only_the_slots_are_written(pool, before, slots):
+    rest = [n for n in range(len(pool)) if n not in slots]
+    assert_bitwise_equal(pool[rest], before[rest], "slots of no row")
+
+
+@pytest.mark.parametrize("dynamic", [None, False, True], ids=["eager", "numbers", "symbols"])
+def test_packed_segments_on_slots_are_as_accurate_as_the_loop(dynamic, expected):
+    (tokens, before, slots, bounds), found = expected
+
+    def prefill(*args):
+        return gdn_ops.chunk_(*args)
+
+    call = prefill
+    if dynamic is not None:
+        call = torch.compile(prefill, fullgraph=True, dynamic=dynamic)
+    pool = before.clone()
+    o = call(*tokens, pool, slots, None, bounds)
+    _assert_as_accurate((o, pool), *found)
+    assert not o[:, 3100:].any()
+    _assert_only_the_slots_are_written(pool, before, (4, 2))
+
+
+def test_whole_and_split_sequences_agree(monkeypatch):
+    from gdn_ops.kernels import chunk
+    from gdn_ops.kernels.chunk_segments import WHOLE
+
+    tokens = make_memories()
+    split = chunk.chunk(*tokens)
+    monkeypatch.setattr(chunk, "choose", lambda *_: WHOLE)
+    for x, y in zip(split, chunk.chunk(*tokens), strict=True):
+        assert (x - y).norm() <= 2**-7 * y.norm()
+
+
+def test_one_code_serves_lengths_with_one_segment_and_with_many():
+    compiled = torch.compile(gdn_ops.chunk, fullgraph=True, dynamic=True)
+    for length in (3, 100, 769, T, 5000):
+        tokens = make_memories(length)
+        for x, y in zip(compiled(*tokens), gdn_ops.chunk(*tokens), strict=True):
+            assert (x - y).norm() <= 2**-7 * y.norm()
+
+
+def test_segments_are_captured_by_a_cuda_graph_and_repeat_their_bits():
+    tokens, pool = make_memories(), make_state(3, HV, V, K, device="cuda")
+    slots, start = indices([2], device="cuda"), pool.clone()
+    expected = gdn_ops.chunk_(*tokens, pool, slots)
+    after = pool.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = gdn_ops.chunk_(*tokens, pool, slots)
+    for _ in range(100):
+        pool.copy_(start)
+        graph.replay()
+        assert_bitwise_equal(o, expected, "o")
+        assert_bitwise_equal(pool, after, "pool")
