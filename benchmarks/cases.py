@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.rows import HEADS, Heads, Row
+from benchmarks.rows import Heads, Row
 
 
 def split_heads(qkv: Tensor, H: int, K: int, HV: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,8 +51,9 @@ class Case:
         return self.table.gather(1, self.accepted[:, None].long() - 1)[:, 0]
 
 
-def make_case(row: Row, heads: Heads = HEADS, device: str = "cuda") -> Case:
+def make_case(row: Row, heads: Heads | None = None, device: str = "cuda") -> Case:
     """Random inputs: unit keys and queries, decays and states as a model has them."""
+    heads = heads or row.heads
     H, HV, K, V = heads.H, heads.HV, heads.K, heads.V
     N, T = row.N, row.T
 

@@ -1,5 +1,6 @@
 """The rows of single operators: contenders, their checks on a small call, their calls."""
 
+import dataclasses
 import functools
 
 import torch
@@ -9,14 +10,18 @@ from benchmarks.cases import Case, make_case
 from benchmarks.contender import Call
 from benchmarks.entry import Entry, refuse
 from benchmarks.peers import find
-from benchmarks.rows import HEADS, ONE_STEP, Heads, Row
+from benchmarks.rows import ONE_STEP, Heads, Row
 from benchmarks.timing import copies
 
 
 def small(row: Row) -> Row:
-    """A call of the same kind that float64 can follow token by token; odd lengths."""
-    T = row.T if row.name in ONE_STEP else min(row.T, 100 if row.name == "train" else 200)
-    return Row(row.name, min(row.N, 3), T, row.state)
+    """A call of the same kind that float64 can follow token by token; odd lengths.
+
+    With few heads it is long enough to be split into segments, as the row is.
+    """
+    most = 3501 if row.ranks > 1 else 100 if row.name == "train" else 200
+    T = row.T if row.name in ONE_STEP else min(row.T, most)
+    return dataclasses.replace(row, N=min(row.N, 3), T=T)
 
 
 def has_gates(name: str, row: Row) -> bool:
@@ -51,9 +56,10 @@ def check(name: str, row: Row, heads: Heads, device: str) -> dict[str, float]:
 
 
 def entries(
-    row: Row, peers: tuple[str, ...], heads: Heads = HEADS, device: str = "cuda"
+    row: Row, peers: tuple[str, ...], heads: Heads | None = None, device: str = "cuda"
 ) -> list[Entry]:
     """Ours first, then each peer, all on the same inputs."""
+    heads = heads or row.heads
     cases: list[Case] = []
 
     def calls(name: str) -> list[Call]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import ours
-from benchmarks.rows import HEADS, LAYOUTS, ONE_STEP, OPERATORS, bytes_moved, parse
+from benchmarks.rows import LAYOUTS, ONE_STEP, OPERATORS, bytes_moved, parse
 
 # In the rows of layouts this stands where ours does, and the other one among the peers.
 V_MAJOR = "V-major"
@@ -21,7 +21,7 @@ def floor(row: str, result: dict, ceilings: dict[str, float]) -> float | None:
     if "copy TB/s" not in ceilings:
         return None
     if parse(row).name in (*OPERATORS, *LAYOUTS):
-        return round(bytes_moved(parse(row), HEADS) / ceilings["copy TB/s"] / 1e6, 2)
+        return round(bytes_moved(parse(row)) / ceilings["copy TB/s"] / 1e6, 2)
     if "bytes" not in result:
         return None
     times = result["bytes"] / ceilings["copy TB/s"], result["flops"] / ceilings["mm TFLOP/s"]

@@ -32,15 +32,24 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: ``N`` sequences of ``T`` tokens each, states of the dtype ``state``."""
+    """One measurement: ``N`` sequences of ``T`` tokens each, states of the dtype ``state``.
+
+    With the heads that one of so many ``ranks`` of tensor parallelism has.
+    """
 
     name: str
     N: int
     T: int
     state: str = "fp32"
+    ranks: int = 1
 
     def __str__(self) -> str:
-        return f"{self.name} {self.T}x{self.N} {self.state}"
+        of_ranks = f" tp{self.ranks}" if self.ranks > 1 else ""
+        return f"{self.name} {self.T}x{self.N} {self.state}{of_ranks}"
+
+    @property
+    def heads(self) -> Heads:
+        return Heads(HEADS.H // self.ranks, HEADS.HV // self.ranks)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -61,6 +70,7 @@ ROWS = (
     *(Row("verify", N, T, state) for state in DTYPES for N, T in STEPS),
     *(Row("verify_once", N, T, state) for state in DTYPES for N, T in STEPS),
     *(Row("prefill", N, T) for N, T in PREFILLS),
+    *(Row("prefill", 1, T, ranks=ranks) for ranks in (2, 4, 8) for T in (8192, 32768)),
     *(Row("prefill_serving", N, T) for N, T in PREFILLS),
     *(Row("train", N, T) for N, T in ((1, 8192), (1, 32768), (4, 8192))),
     *(Row("layout", N, 1, state) for state in DTYPES for N in BATCHES),
@@ -83,10 +93,10 @@ HEADLINE = (
 
 
 def parse(text: str) -> Row:
-    """The row that ``str`` writes so: ``decode 1x64 fp32``."""
-    name, shape, state = text.split()
+    """The row that ``str`` writes so: ``decode 1x64 fp32``, ``prefill 8192x1 fp32 tp8``."""
+    name, shape, state, *ranks = text.split()
     T, N = shape.split("x")
-    return Row(name, int(N), int(T), state)
+    return Row(name, int(N), int(T), state, *(int(x.removeprefix("tp")) for x in ranks))
 
 
 def chosen(names: list[str] | None) -> list[Row]:
@@ -103,13 +113,14 @@ def chosen(names: list[str] | None) -> list[Row]:
     return [row for row in rows if names is None or row.name in names]
 
 
-def bytes_moved(row: Row, heads: Heads = HEADS) -> int:
+def bytes_moved(row: Row) -> int:
     """The least traffic: tokens and outputs once, a state read once, written where it must be.
 
     A training step reads its tokens three times: forward, again for the backward, and gradients of
     their size. Its states stay on the chip, as do those that a functional prefill starts from. Each
     token of a scan comes with a row of a matrix instead of ``beta``.
     """
+    heads = row.heads
     H, HV, K, V = heads.H, heads.HV, heads.K, heads.V
     token = (2 * H * K + 2 * HV * V) * 2 + 2 * HV * 4
     if row.name == "layout_scan":
@@ -119,10 +130,11 @@ def bytes_moved(row: Row, heads: Heads = HEADS) -> int:
     return row.N * (row.T * token * passes + states * HV * V * K * row.state_dtype.itemsize)
 
 
-def operations(row: Row, heads: Heads = HEADS) -> int:
+def operations(row: Row) -> int:
     """Floating-point operations of the token-by-token form: the least that computes the row.
 
     ``S k``, ``S q`` and ``u k^T`` for each token and value head; a training step has six products
     of that size more, and computes no state again.
     """
+    heads = row.heads
     return (18 if row.name == "train" else 6) * heads.K * heads.V * heads.HV * row.N * row.T

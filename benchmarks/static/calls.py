@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.rows import HEADS, Row
+from benchmarks.rows import HEADS, Heads, Row
 from gdn_ops.kernels import causal_conv1d, causal_conv1d_backward, chunk, chunk_backward, recurrent
 
 H, HV, K, V = HEADS.H, HEADS.HV, HEADS.K, HEADS.V
@@ -31,9 +31,15 @@ def states(N: int, dtype: torch.dtype = FP32, K: int = K) -> Tensor:
 
 
 def tokens(
-    B: int, T: int, dtype: torch.dtype = BF16, K: int = K, beta: torch.dtype | None = None
+    B: int,
+    T: int,
+    dtype: torch.dtype = BF16,
+    K: int = K,
+    beta: torch.dtype | None = None,
+    heads: Heads = HEADS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``q k v g beta``; ``beta`` has the dtype of ``q`` unless said otherwise."""
+    H, HV = heads.H, heads.HV
     q, k = (new(B, T, H, K, dtype=dtype) for _ in range(2))
     return (
         *(q, k, new(B, T, HV, V, dtype=dtype)),
@@ -61,9 +67,9 @@ def prefill(B: int, dtype: torch.dtype = BF16, K: int = K) -> None:
 
 def prefill_segments() -> None:
     """Few heads, as a rank of tensor parallelism has, and tokens for several segments."""
-    q, k, v, g, beta = tokens(1, 8200)
-    few = (*(x[:, :, :2] for x in (q, k)), *(x[:, :, :4] for x in (v, g, beta)))
-    chunk.chunk(*(x.contiguous() for x in few), states(1)[:, :4], use_qk_l2norm=True)
+    few = Heads(2, 4)
+    initial = new(1, few.HV, V, K, dtype=FP32)
+    chunk.chunk(*tokens(1, 8200, heads=few), initial, use_qk_l2norm=True)
 
 
 def prefill_pool() -> None:
@@ -138,7 +144,7 @@ def call_of_row(row: Row) -> Callable[[], None]:
     """The operators of a measured row, as benchmarks/ours.py calls them."""
 
     def call() -> None:
-        inputs = tokens(row.N, row.T, beta=FP32)
+        inputs = tokens(row.N, row.T, beta=FP32, heads=row.heads)
         if row.name == "decode":
             recurrent.recurrent_(*inputs, states(row.N, row.state_dtype), integers(row.N))
         elif row.name == "verify":
