@@ -15,6 +15,7 @@ from gdn_ops.kernels.configs import Gpu, gpu_at
 
 from . import _inductor, chunk_segments, epilogue, timing
 from ._inductor import IRNode, Unsupported
+from .prologue import GATES, Computed, take_computed
 from .template import Config, KernelTemplate, require_cuda
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def _fits_descriptor(x: IRNode) -> bool:
 
 def _call(
     tensors: dict[str, IRNode | None],
+    gates: dict[str, Computed],
     scale: float | None,
     use_qk_l2norm: bool,
     null_index: int,
@@ -116,7 +118,7 @@ def _call(
         "PRECISION": repr(kernels.PRECISION),
     }
     generators = timing.of_rows(q, bounds, tensors["state_indices"])
-    _add_prepare(tensors, tiles, gpu, constants, generators)
+    _add_prepare(tensors, gates, tiles, gpu, constants, generators)
     split = chunk_segments.choose(v, bounds, tiles, gpu)
     constants |= {"USE_DESCRIPTORS": use_descriptors}
     if split != WHOLE:
@@ -184,6 +186,7 @@ def _choose_store(
 
 def _add_prepare(
     tensors: dict[str, IRNode | None],
+    gates: dict[str, Computed],
     tiles: kernels.Tiles,
     gpu: Gpu,
     constants: dict[str, Any],
@@ -207,10 +210,11 @@ def _add_prepare(
         _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
         [prepare_config(dtype, gpu, tiles.BT, tiles.BK, H, HV, places)],
         mutated=["G", "weights"],
+        computed=gates,
         call_sizes=[places, HV],
         generators=generators,
-        HAS_G=g is not None,
-        HAS_BETA=beta is not None,
+        HAS_G=g is not None or "g" in gates,
+        HAS_BETA=beta is not None or "beta" in gates,
         IS_SCALED=True,
         **constants,
     )
@@ -270,11 +274,12 @@ def lower(
     dtype = torch.float32 if initial_state is None else initial_state.get_dtype()
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": initial_state}
     inputs["cu_seqlens"] = cu_seqlens
+    final_state = _inductor.new_buffer(v, [N, HV, V, K], dtype)
+    inputs, gates = take_computed(inputs, GATES, 3, final_state)
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
     tensors |= dict.fromkeys(("state_indices", "has_initial_state", "read_indices"))
-    final_state = _inductor.new_buffer(v, [N, HV, V, K], dtype)
     tensors["final_state"] = final_state
-    o = _call(tensors, scale, use_qk_l2norm, -1, in_place=False)
+    o = _call(tensors, gates, scale, use_qk_l2norm, -1, in_place=False)
     return o, _inductor.as_result(final_state)
 
 
@@ -299,6 +304,8 @@ def lower_(
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state_indices": state_indices}
     inputs |= {"has_initial_state": has_initial_state, "cu_seqlens": cu_seqlens}
     inputs["read_indices"] = read_indices
+    state = _inductor.realize_in_place(state, "state")
+    inputs, gates = take_computed(inputs, GATES, 3, state)
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
-    tensors["state"] = _inductor.realize_in_place(state, "state")
-    return _call(tensors, scale, use_qk_l2norm, null_index, in_place=True)
+    tensors["state"] = state
+    return _call(tensors, gates, scale, use_qk_l2norm, null_index, in_place=True)

@@ -12,6 +12,8 @@ from . import _inductor
 from ._inductor import IRNode
 
 Tensors = dict[str, IRNode | None]
+# Arguments of the delta rule that a layer makes of its projections.
+GATES = ("g", "beta")
 
 
 class Computed(NamedTuple):

@@ -13,7 +13,7 @@ from gdn_ops.kernels.configs import VerifyTiles, next_power_of_2, recurrent_tile
 
 from . import _inductor, timing
 from ._inductor import IRNode, Unsupported
-from .prologue import Computed, take_computed
+from .prologue import GATES, Computed, take_computed
 from .template import Config, KernelTemplate, require_cuda
 
 
@@ -39,8 +39,6 @@ VERIFY = KernelTemplate(
     tile=("BV", "BR"),
     in_place=("state",),
 )
-# What the kernels may compute, a number for each token and head.
-GATES = ("g", "beta")
 
 
 def supports(q: IRNode) -> None:

@@ -103,10 +103,10 @@ def test_the_recurrence_touches_a_state_once_and_nothing_copies_it(phase):
 
 
 @pytest.mark.parametrize("phase", ["prefill_new_cache", "prefill_after_prefix"])
-def test_prefill_into_a_cache_touches_its_recurrent_state_once(phase):
+def test_prefill_into_a_cache_reads_its_recurrent_state_once_and_writes_it_once(phase):
     (module,), _ = layer_in(phase)
     _, state = _states_of(filled_cache(model_of(BF16), 2))
-    assert kernels_on(module, state) == ["gdn_chunk_scan"]
+    assert kernels_on(module, state) == ["gdn_chunk_chain", "gdn_chunk_scan"]
 
 
 LATE = "USE_DESCRIPTOR_STORE : tl.constexpr = True"
@@ -197,9 +197,9 @@ extern_kernels.mm
 extern_kernels.mm
 pointwise: cat
 template: gdn_causal_conv1d
-pointwise: exp neg add softplus mul
-pointwise: sigmoid
 template: gdn_chunk_prepare
+template: gdn_chunk_carry
+template: gdn_chunk_chain
 template: gdn_chunk_scan
 reduction: pow mean add rsqrt mul silu
 extern_kernels.mm
@@ -221,13 +221,13 @@ def test_kernels_of_prefill_into_a_cache():
         """\
 reduction: pow mean add rsqrt mul
 extern_kernels.mm
-pointwise: sigmoid
-pointwise: exp neg add softplus mul
 extern_kernels.mm
 pointwise: cat
 pointwise: cat zeros
 template: gdn_causal_conv1d
 template: gdn_chunk_prepare
+template: gdn_chunk_carry
+template: gdn_chunk_chain
 template: gdn_chunk_scan
 reduction: pow mean add rsqrt mul silu
 extern_kernels.mm
@@ -247,16 +247,16 @@ def test_kernels_of_several_tokens_after_a_cached_prefix():
     expecttest.assert_expected_inline(
         inventory(module),
         """\
-reduction: pow mean add rsqrt mul
 pointwise: cat
+reduction: pow mean add rsqrt mul
 extern_kernels.mm
 extern_kernels.mm
 pointwise: cat
 pointwise: slice copy copy_
 template: gdn_causal_conv1d
-pointwise: exp neg add softplus mul
-pointwise: sigmoid
 template: gdn_chunk_prepare
+template: gdn_chunk_carry
+template: gdn_chunk_chain
 template: gdn_chunk_scan
 reduction: pow mean add rsqrt mul silu
 extern_kernels.mm
@@ -284,6 +284,8 @@ pointwise: _unsafe_view view split_with_sizes clone
 pointwise: cat
 template: gdn_causal_conv1d
 template: gdn_chunk_prepare
+template: gdn_chunk_carry
+template: gdn_chunk_chain
 template: gdn_chunk_scan
 reduction: pow mean add rsqrt mul silu
 extern_kernels.mm
@@ -335,12 +337,12 @@ reduction: add mul sum""",
 
 
 @pinned
-def test_combo_kernels_merge_what_prepares_the_operators():
-    """An option of Inductor: of a prefill the concatenation and both gates in one launch."""
+def test_combo_kernels_find_nothing_left_to_merge_in_a_prefill():
+    """An option of Inductor: both gates are inside the operator's own kernel."""
     (module,) = layer_in("prefill_new_cache", combo_kernels=True)[0]
     (plain,) = layer_in("prefill_new_cache")[0]
     assert template_names(module) == template_names(plain)
-    assert len(module.launches) == len(plain.launches) - 2
+    assert len(module.launches) == len(plain.launches)
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
@@ -352,6 +354,9 @@ def test_the_layer_to_inspect_has_the_kernels_of_these_lists(phase, monkeypatch)
     monkeypatch.setattr(example, "use_gdn_ops", lambda: None)
     with use_gdn_ops():
         modules = generate(*getattr(example, phase)(), mode="reduce-overhead")
-    ours = layer_in({"train": "training", "prefill": "prefill_new_cache"}.get(phase, phase))[0]
-    assert [template_names(m) for m in modules] == [template_names(m) for m in ours]
+    lists = layer_in({"train": "training", "prefill": "prefill_new_cache"}.get(phase, phase))[0]
+    # The layer of the lists has few heads, so that a long prompt would be split.
+    few = ("gdn_chunk_carry", "gdn_chunk_chain")
+    ours = [[name for name in template_names(m) if name not in few] for m in lists]
+    assert [template_names(m) for m in modules] == ours
     assert [m.cudagraph_skips for m in modules] == [[]] * len(modules)

@@ -122,7 +122,10 @@ def test_a_kernel_is_named_after_its_stage_and_what_it_does_and_not_what_makes_i
     tokens = _tokens(2, 70)
     (module,) = generate(layer, (*tokens, torch.ones_like(tokens.v)))
     names = [re.sub(r"_\d+$", "", kernel.name) for kernel in _templates(module)]
-    assert names == ["triton_tem_fused_chunk_prepare", "triton_tem_fused_chunk_mul_scan_tanh"]
+    assert names == [
+        "triton_tem_fused_chunk_prepare_sigmoid",
+        "triton_tem_fused_chunk_mul_scan_tanh",
+    ]
 
 
 def test_a_pool_is_updated_where_it_is():

@@ -132,7 +132,7 @@ template gdn_chunk_scan
 4 extern_kernels._grouped_mm
 2 extern_kernels.bmm
 18 extern_kernels.mm
-25 pointwise
+23 pointwise
 13 reduction
 2 torch.ops.aten.histc.default
 2 torch.ops.aten.topk.default

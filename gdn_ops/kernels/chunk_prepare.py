@@ -42,6 +42,7 @@ what USE_QK_L2NORM normalises.
 import triton
 import triton.language as tl
 
+from .input import load_input
 from .norm import inverse_root, squares
 from .output import store_output
 
@@ -193,18 +194,6 @@ def invert_chunk(b_A, BT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def load_gates(p_g, p_beta, m_t, m_2, HAS_G: tl.constexpr, HAS_BETA: tl.constexpr):
-    """Log decays ``[BT]``, and ``[2 * BT]`` of beta, each twice; zero where absent."""
-    b_g = tl.zeros(m_t.shape, tl.float32)
-    b_beta_2 = tl.zeros(m_2.shape, tl.float32)
-    if HAS_G:
-        b_g = tl.load(p_g, m_t, 0.0)
-    if HAS_BETA:
-        b_beta_2 = tl.load(p_beta, m_2, 0.0)
-    return b_g, b_beta_2
-
-
-@triton.jit
 def prepare_kernel(
     q,
     k,
@@ -274,15 +263,16 @@ def prepare_kernel(
     # Of a load of BT of beta each thread would do its own again for the columns.
     o_2 = i_chunk * BT + tl.arange(0, 2 * BT) // 2
     m_2 = o_2 < length
-    p_g = g
-    p_beta = beta
-    if HAS_G:
-        p_g += i_b * stride_g_b + o_t * stride_g_t + i_first * stride_g_h
-    if HAS_BETA:
-        p_beta += i_b * stride_beta_b + (i_start + o_2).to(tl.int64) * stride_beta_t
-        p_beta += i_first * stride_beta_h
     # Before the first product: after it they took 10 of 131 us.
-    b_g_next, b_beta_next = load_gates(p_g, p_beta, m_t, m_2, HAS_G, HAS_BETA)
+    o_2t = (i_start + o_2).to(tl.int64)
+    b_g_next = tl.zeros((BT,), tl.float32)
+    if HAS_G:
+        b_g_next = load_input(g, (i_b, o_t, i_first), (stride_g_b, stride_g_t, stride_g_h), m_t)
+    b_beta_next = tl.zeros((2 * BT,), tl.float32)
+    if HAS_BETA:
+        b_beta_next = load_input(
+            beta, (i_b, o_2t, i_first), (stride_beta_b, stride_beta_t, stride_beta_h), m_2
+        )
 
     p_k = k + i_b * stride_k_b + o_t[:, None] * stride_k_t + i_h * stride_k_h
     p_q = q
@@ -326,16 +316,24 @@ def prepare_kernel(
             b_g = b_g_next.to(G.dtype.element_ty)
             # exp of this is zero in float32. Beyond it, sums would only lose digits, or be NaN.
             b_g = tl.where(b_g < -104.0, -104.0, b_g)
-            b_beta_2 = b_beta_next.to(tl.float32)
+            b_beta_2 = b_beta_next
             if HEADS > 1:
-                if HAS_G:
-                    p_g += stride_g_h
-                if HAS_BETA:
-                    p_beta += stride_beta_h
+                i_next = i_hv + 1
                 is_next = i_head + 1 < HEADS
-                b_g_next, b_beta_next = load_gates(
-                    p_g, p_beta, m_t & is_next, m_2 & is_next, HAS_G, HAS_BETA
-                )
+                if HAS_G:
+                    b_g_next = load_input(
+                        g,
+                        (i_b, o_t, i_next),
+                        (stride_g_b, stride_g_t, stride_g_h),
+                        m_t & is_next,
+                    )
+                if HAS_BETA:
+                    b_beta_next = load_input(
+                        beta,
+                        (i_b, o_2t, i_next),
+                        (stride_beta_b, stride_beta_t, stride_beta_h),
+                        m_2 & is_next,
+                    )
             b_G = tl.cumsum(b_g, 0)
             b_sum = tl.sum(b_g, 0) * 1.4426950408889634
             b_G2 = b_G * 1.4426950408889634

@@ -15,6 +15,7 @@ from tolerance import (
 )
 
 import gdn_ops
+from gdn_ops.kernels import chunk
 from lowering.fake_gpu import generate
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -50,6 +51,43 @@ def test_the_output_and_what_reads_it_are_as_accurate_as_the_plain_loop(lengths)
     twins = (o.double(), o.float())
     norms = [torch.nn.functional.rms_norm(x, (V,), eps=1e-6) for x in twins]
     assert_as_accurate_as_plain(normed, *norms, terms=V, name="norm")
+
+
+@pytest.mark.parametrize("lengths", [None, (3, 0, 70, 1)], ids=["batch", "packed"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gates_that_a_prefill_computes_itself_are_those_of_the_plain_loop(
+    heads, lengths, monkeypatch
+):
+    """From views of one projection, of which nothing is read past a sequence's end."""
+    choose = chunk.prepare_choice
+    monkeypatch.setattr(
+        chunk, "prepare_choice", lambda *args: choose(*args[:-1], 1 if heads == 1 else 10**6)
+    )
+    tokens = make_inputs(*((2, 67) if lengths is None else (1, 80)), H, HV, K, V, DTYPE)
+    projected = torch.randn(*tokens.g.shape[:2], 2 * HV, dtype=DTYPE)
+    rate, bias = torch.rand(2, HV)
+    bounds = None if lengths is None else cu_seqlens(lengths)
+    pool, slots = make_state(7, HV, V, K), indices([6, 1, -1, 2] if lengths else [3, 0])
+
+    def gates(projected, rate, bias):
+        a, b = projected.chunk(2, -1)
+        return gdn_ops.gdn_gate(a, rate, bias), b.float().sigmoid()
+
+    def layer(q, k, v, projected, rate, bias, *rows):
+        return gdn_ops.chunk_(q, k, v, *gates(projected, rate, bias), *rows)
+
+    args = (*tokens[:3], projected, rate, bias, pool.clone(), slots, None, bounds)
+    (module,) = generate(layer, args)
+    assert f"HEADS : tl.constexpr = {heads}" in module.code
+    assert len(module.launches) == 2
+    (o,) = run(module.code, [x for x in module.inputs if x is not None])
+    found = witnesses(
+        oracle.delta_rule_into_pool,
+        *(*tokens[:3], *gates(projected, rate, bias), pool, slots),
+        cu_seqlens=bounds,
+        operands=OPERANDS,
+    )
+    assert_all_as_accurate_as_plain((o, args[6]), *found, terms=K, names=("o", "pool"))
 
 
 def test_a_pool_and_rows_of_padding_are_as_in_the_plain_loop():
