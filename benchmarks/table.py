@@ -81,8 +81,9 @@ def every_number(path: Path) -> str:
 def machine_of(content: dict) -> str:
     """The GPU, the versions and the dates."""
     machine = content["machine"]
-    dates = dict.fromkeys(sorted(run["date"][:10] for run in content["runs"]))
-    facts = [f"torch {machine['torch']}", f"Triton {machine['triton']}", " and ".join(dates)]
+    *dates, last = dict.fromkeys(sorted(run["date"][:10] for run in content["runs"]))
+    days = " and ".join(filter(None, (", ".join(dates), last)))
+    facts = [f"torch {machine['torch']}", f"Triton {machine['triton']}", days]
     return f"**On one {machine['gpu']}** ({', '.join(facts)})"
 
 
