@@ -43,9 +43,10 @@ class Facts:
 
     Args:
         arch: What it is compiled for.
-        num_warps: Warps of a block.
+        num_warps: Warps of a block, of all roles where they have roles.
         num_stages: Stages of software pipelines.
-        registers: 32-bit registers of a thread; of AMD vector registers.
+        registers: 32-bit registers of a thread, at the start where roles have their own; of AMD
+            vector registers.
         stack: Local memory of a thread, bytes.
         spills: Instructions that load from local memory or store to it.
         spills_in_loops: Those of them that lie in a loop.
@@ -96,7 +97,7 @@ def compile_kernel(
     """Compile a kernel for a GPU, and tell what it became.
 
     Args:
-        fn: What ``triton.jit`` made of a function.
+        fn: What ``triton.jit`` made of a function, or ``gluon.jit``.
         signature: Type of each argument at run time, as ``"*bf16"``, ``"i32"``, ``"fp32"``.
         constants: Value of every other argument: constexprs, and tensors that are None.
         arch: As for ``lowering.fake_gpu.fake_gpu``. Default: ``sm_90``.
@@ -166,14 +167,24 @@ def _compile(
 ) -> Facts:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     fn = _compilable(fn)
     typed = {name: "constexpr" if name in constants else signature[name] for name in fn.arg_names}
-    source = ASTSource(fn, typed, dict(constants), dict(attrs))
+    source = _source_class(fn)(fn, typed, dict(constants), dict(attrs))
     compiled = triton.compile(source, target=GPUTarget(*arch.target), options=dict(options))
     read = _read_amd if arch.is_amd else _read_nvidia
     return read(compiled, arch)
+
+
+def _source_class(fn: Any) -> Any:
+    """What Triton's compiler takes a function as: Gluon has its own."""
+    from triton.compiler import ASTSource
+
+    if not getattr(fn, "is_gluon", bool)():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _read_nvidia(compiled: Any, arch: Arch) -> Facts:
@@ -284,9 +295,11 @@ def _parse(assembly: str, dialect: _Dialect) -> tuple[list[str], list[tuple[int,
             labels[label["name"]] = len(code)
         elif instruction := dialect.instruction.match(line):
             back = dialect.branch.search(line)
-            # Triton's code ends in a branch to itself, which is no loop.
-            if back and labels.get(back["name"], len(code)) < len(code):
-                loops[labels[back["name"]]] = len(code)
+            start = labels.get(back["name"], len(code)) if back else len(code)
+            # Triton's code ends in a branch to itself, which is no loop. Nor is a branch from past
+            # the end: a wait that tries again lies there, and jumps back to where it was called.
+            if start < len(code) and "EXIT" not in code[start:]:
+                loops[start] = len(code)
             code.append(instruction["op"])
     return code, sorted(loops.items())
 

@@ -8,7 +8,7 @@ from kernels_to_compile import product, scale
 
 from lowering.arch import ARCHS
 from lowering.fake_gpu import generate
-from lowering.sass import compile_generated, compile_kernel
+from lowering.sass import NVIDIA, _parse, compile_generated, compile_kernel
 
 POINTERS = {"x": "*fp32", "y": "*fp32", "n": "i32"}
 MATRICES = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "n": "i32"}
@@ -67,6 +67,23 @@ def test_few_registers_leave_a_multiprocessor_full_of_blocks_or_threads(num_warp
         scale, POINTERS, {"BLOCK": 32 * num_warps}, arch="sm_80", num_warps=num_warps
     )
     assert facts.occupancy == blocks
+
+
+def test_a_wait_that_tries_again_from_past_the_end_is_no_loop():
+    text = """
+.L_x_0:
+        /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0020*/                   FADD R0, R0, R1 ;
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
+        /*0060*/              @!P0 BRA `(.L_x_2) ;
+        /*0070*/                   BRA `(.L_x_1) ;
+"""
+    assert _parse(text, NVIDIA)[1] == [(0, 3), (5, 6)]
 
 
 def test_a_kernel_of_a_generated_module_compiles():
