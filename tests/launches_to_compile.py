@@ -109,7 +109,8 @@ class Compiler:
         typed, constants, divisible = launch.signature()
         name = f"{launch.fn.fn.__module__}:{launch.fn.fn.__name__}"
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        job = (name, typed, constants, options | {"arch": arch, "divisible": divisible})
+        options |= {"arch": arch, "divisible": divisible, "options": launch.options}
+        job = (name, typed, constants, options)
         return self._submit(repr(job), _compile, *job)
 
     def ask_for_layer(self, layer, arch):

@@ -39,9 +39,10 @@ class Launch:
     Args:
         fn: The kernel, a ``triton.jit`` function.
         args: Its arguments by name.
-        num_warps: Warps of a program.
+        num_warps: Warps of a program; of its first role where warps have roles.
         num_stages: Stages of its loops' pipelines.
         programs: Programs of the launch.
+        options: Further options of Triton's back end.
     """
 
     fn: Any
@@ -49,6 +50,7 @@ class Launch:
     num_warps: int
     num_stages: int
     programs: int
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def kernel(self) -> str:
@@ -89,6 +91,7 @@ class Launch:
             tuple(divisible),
             self.num_warps,
             self.num_stages,
+            tuple(self.options.items()),
             arch,
         )
 
@@ -101,6 +104,7 @@ def _compile(
     divisible: tuple[str, ...],
     num_warps: int,
     num_stages: int,
+    options: tuple[tuple[str, Any], ...],
     arch: str,
 ) -> Facts:
     return compile_kernel(
@@ -111,6 +115,7 @@ def _compile(
         num_warps=num_warps,
         num_stages=num_stages,
         divisible=divisible,
+        options=dict(options),
     )
 
 
@@ -173,7 +178,8 @@ def record_all(call: Callable[[], object], arch: str) -> list[Launch | TorchLaun
     ) -> None:
         # Of what may be absent, constants come by name.
         named = dict(zip(fn.arg_names, args, strict=False)) | constants
-        found.append(Launch(fn, named, num_warps, num_stages, grid[0]))
+        options = {name: named.pop(name) for name in constants if name not in fn.arg_names}
+        found.append(Launch(fn, named, num_warps, num_stages, grid[0], options))
 
     gpu = find_arch(arch)
     properties = types.SimpleNamespace(**gpu.device_properties())

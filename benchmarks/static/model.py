@@ -120,6 +120,7 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "carry": _segment_chunks,
     "chain": _segments,
     "scan": _segment_chunks,
+    "scan_hopper": _segment_chunks,
     "chunk_replay": _chunks,
     "chunk_reverse": _chunks,
     "chunk_gradients": lambda args: (args["HV"] // args["H"], cdiv(args["V"], args["BV"])),
@@ -127,18 +128,25 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
 
 
 def cost(launch: Launch, facts: Facts) -> Cost:
-    """A program of a launch, from its first instruction to its last."""
+    """A program of a launch, from its first instruction to its last.
+
+    Where warps have roles, each with the warps that the launch names, a loop is one role's, and all
+    are walked at once.
+    """
     find_trips = TRIPS.get(launch.kernel)
     trips = find_trips(launch.args) if find_trips else ()
-    parts = [(1, _cost_of_part(facts.straight, facts.num_warps, MEMORY_LATENCY))]
+    parts = [(1, _cost_of_part(facts.straight, launch.num_warps, MEMORY_LATENCY))]
     for loop in facts.nest:
         if count(loop.opcodes) >= LEAST_LOOP:
-            passes = math.prod(trips[: loop.depth + 1])
-            parts.append((passes, _cost_of_part(loop.opcodes, facts.num_warps, CACHE_LATENCY)))
+            # Where registers are handed out, warps wait for their roles, once.
+            passes = 1 if "USETMAXREG" in loop.opcodes else math.prod(trips[: loop.depth + 1])
+            parts.append((passes, _cost_of_part(loop.opcodes, launch.num_warps, CACHE_LATENCY)))
     pipes = {pipe for _, part in parts for pipe in part.pipes}
+    straight, *loops = (n * part.chain for n, part in parts)
+    have_roles = facts.num_warps > launch.num_warps
     return Cost(
         {pipe: sum(n * part.pipes.get(pipe, 0) for n, part in parts) for pipe in pipes},
-        sum(n * part.chain for n, part in parts),
+        straight + (max(loops, default=0) if have_roles else sum(loops)),
     )
 
 

@@ -20,13 +20,13 @@ def launch(
     """Launch ``kernel`` on a grid of ``programs``.
 
     Args:
-        kernel: A ``@triton.jit`` function.
+        kernel: A ``@triton.jit`` function, or a ``@gluon.jit`` one.
         programs: Number of programs.
         tensors: Its first arguments; None where absent.
         numbers: The arguments after those: strides and sizes; None where absent.
         num_warps: Warps of a program.
         num_stages: Stages of its loops' pipelines.
-        constants: The other arguments, by name.
+        constants: The other arguments, by name, and further options of Triton.
     """
     recorder = active_recorder()
     with contextlib.nullcontext() if recorder is None else recorder.paused():
