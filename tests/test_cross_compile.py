@@ -34,7 +34,7 @@ from launches_to_compile import (
 from benchmarks.static.launches import Launch, record
 from gdn_ops.kernels import causal_conv1d as conv
 from gdn_ops.kernels import causal_conv1d_backward as conv_backward
-from gdn_ops.kernels import chunk, chunk_backward, recurrent
+from gdn_ops.kernels import chunk, chunk_backward, chunk_hopper, recurrent
 from lowering import _inductor
 from lowering import causal_conv1d as lowered_conv
 from lowering import chunk as lowered_chunk
@@ -77,6 +77,12 @@ def packed_pool(dtype):
 def prefill(B, dtype=BF16, K=K, l2norm=True):
     initial = states(B, FP32, K)
     chunk.chunk(*tokens(B, 1000, dtype, K), initial, use_qk_l2norm=l2norm)
+
+
+def plainly(call):
+    """By the plain scan, as layers that are compiled and other versions of Triton have it."""
+    with mock.patch.object(chunk_hopper, "has_gluon", return_value=False):
+        call()
 
 
 def prefill_pool():
@@ -152,7 +158,14 @@ CALLS = {
     "prefill": lambda: prefill(16),
     "prefill of one": lambda: prefill(1),
     "prefill without norm": lambda: prefill(16, l2norm=False),
+    "prefill fp16": lambda: prefill(16, FP16),
+    "prefill plain": lambda: plainly(lambda: prefill(16)),
+    "prefill plain of one": lambda: plainly(lambda: prefill(1)),
+    "prefill plain without norm": lambda: plainly(lambda: prefill(16, l2norm=False)),
+    "prefill plain pool": lambda: plainly(prefill_pool),
+    "prefill plain segments": lambda: plainly(prefill_segments),
     "prefill K=32": lambda: prefill(16, K=32),
+    "prefill K=64": lambda: prefill(16, K=64),
     "prefill K=256": lambda: prefill(16, K=256),
     "prefill fp32": lambda: prefill(16, FP32),
     "prefill pool": prefill_pool,
@@ -181,7 +194,7 @@ EVERYWHERE = (
 )
 ARCHS = ("sm_90", "sm_80", "sm_100", "gfx942")
 # For these also what max_autotune would time.
-TIMED = ("decode fp32", "decode bf16", "prefill", "convolve")
+TIMED = ("decode fp32", "decode bf16", "prefill plain", "convolve")
 FUSED = ("USE_DESCRIPTOR_STORE", False)
 # The stage that gradients share with a prefill of the same flags, but for one factor.
 SHARED = ("gradient", "gradient without norm", "gradient fp32", "gradient packed")
@@ -334,6 +347,25 @@ def test_a_scan_reads_and_writes_its_state_16_bytes_at_a_time(facts, case):
         if args.get(name) is not None:
             size = args["BV"] * args["BK"] * args[name].itemsize
             assert facts.opcodes[opcode] >= size // (16 * arch.warp * facts.num_warps)
+
+
+@pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel == "scan_hopper"]))
+def test_each_role_of_a_scan_for_hopper_has_its_loop_and_spills_nothing(facts, case):
+    groups = case.launch.args["BV"] // 64
+    assert groups == (1 if case.call in ("prefill of one", "prefill segments") else 2)
+    walks = [loop for loop in facts.loops if loop.get("HGMMA")]
+    (load,) = [loop for loop in facts.loops if loop.get("UTMALDG")]
+    assert len(walks) == groups
+    for walk in walks:
+        # [64, 128] by [128, 64] twice, [64, 64] by [64, 64] twice, [64, 64] by [64, 128]; 16 deep.
+        assert walk["HGMMA"] == 8 + 8 + 4 + 4 + 4
+        assert walk["UTMASTG"] == 1
+        assert walk.get("LDG", 0) + walk.get("STG", 0) == 0
+    assert not load.get("HGMMA")
+    assert facts.spills == facts.stack == 0
+    # The warps of loading are rounded up to a group.
+    assert facts.num_warps == 4 * groups + 4
+    assert facts.registers * 32 * facts.num_warps <= find_arch("sm_90").registers
 
 
 @pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel == "recurrent_verify"]))

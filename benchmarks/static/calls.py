@@ -5,12 +5,20 @@ fill no tile, so the code is that of every length.
 """
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.rows import HEADS, Heads, Row
-from gdn_ops.kernels import causal_conv1d, causal_conv1d_backward, chunk, chunk_backward, recurrent
+from gdn_ops.kernels import (
+    causal_conv1d,
+    causal_conv1d_backward,
+    chunk,
+    chunk_backward,
+    chunk_hopper,
+    recurrent,
+)
 
 H, HV, K, V = HEADS.H, HEADS.HV, HEADS.K, HEADS.V
 D, W = 2 * H * K + HV * V, 4
@@ -63,6 +71,12 @@ def verify_once(dtype: torch.dtype) -> None:
 
 def prefill(B: int, dtype: torch.dtype = BF16, K: int = K) -> None:
     chunk.chunk(*tokens(B, 1000, dtype, K), states(B, FP32, K), use_qk_l2norm=True)
+
+
+def plainly(call: Callable[[], None]) -> None:
+    """By the plain scan, as compiled layers and other versions of Triton have it."""
+    with mock.patch.object(chunk_hopper, "has_gluon", return_value=False):
+        call()
 
 
 def prefill_segments() -> None:
@@ -124,6 +138,10 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=128, bf16, segments": prefill_segments,
     "prefill K=128, bf16, pointers": prefill_pointers,
     "prefill K=128, bf16, packed, pool": prefill_pool,
+    "prefill K=128, bf16, plain": lambda: plainly(lambda: prefill(16)),
+    "prefill K=128, bf16, one sequence, plain": lambda: plainly(lambda: prefill(1)),
+    "prefill K=128, bf16, segments, plain": lambda: plainly(prefill_segments),
+    "prefill K=128, bf16, packed, pool, plain": lambda: plainly(prefill_pool),
     "prefill K=128, fp16": lambda: prefill(16, FP16),
     "prefill K=128, fp32": lambda: prefill(16, FP32),
     "prefill K=32, bf16": lambda: prefill(16, K=32),

@@ -1,7 +1,7 @@
 """Launching the kernels of the chunked gated delta rule: prefill, and the forward of training.
 
 Two kernels: ``prepare_kernel`` (chunk_prepare.py), parallel over chunks, and ``scan_kernel``
-(chunk_scan.py), which walks them. Their shapes decide all; nothing is read on the host.
+(chunk_scan.py, or its twin for Hopper), which walks them. Shapes decide all, no data are read.
 """
 
 import functools
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk_hopper import pick_scan
 from .chunk_prepare import prepare_kernel
-from .chunk_scan import scan_kernel
 from .chunk_segments import BN, WHOLE, choose, enter_segments
 from .configs import PREPARE_WARPS, SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
 from .launch import launch, strides
@@ -276,8 +276,10 @@ def _launch(
             gpu=gpu,
         )
         walked = B * segment_states.shape[1] + is_packed
+    is_split = is_packed and split != WHOLE
+    scan, tiles, options = pick_scan(tiles, K, V, walked * HV, gpu, is_late, is_split)
     launch(
-        scan_kernel,
+        scan,
         walked * HV * cdiv(V, tiles.BV),
         (
             q,
@@ -329,6 +331,7 @@ def _launch(
         BN=BN,
         **constants,
         **split._asdict(),
+        **options,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

@@ -1,0 +1,47 @@
+"""Which kernel scans a prefill: on Hopper chunk_scan_hopper.py's, where it serves a call."""
+
+from typing import Any
+
+import triton
+
+from .chunk_scan import scan_kernel
+from .configs import Gpu
+
+# Those of Triton whose Gluon compiles the kernel without a spill, 3.6.0 and 3.7.1 (cross-compiled,
+# 2026-11-29; on an H200 it ran with 3.6.0). Gluon is experimental: another version is not tried.
+GLUON = ("3.6", "3.7")
+
+
+def has_gluon() -> bool:
+    """Whether the Triton at hand is one of ``GLUON``."""
+    return ".".join(triton.__version__.split(".")[:2]) in GLUON
+
+
+def pick_scan(
+    tiles: Any, K: int, V: int, heads: int, gpu: Gpu, is_late: bool, is_split: bool
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The kernel, its tiles, and further options of Triton.
+
+    A program with one warp group of 64 rows where all of them have a multiprocessor for themselves,
+    else with two, which share the tokens: 137 instead of 168 us for the scan of 8192 tokens of 32
+    heads, and 264 instead of 300 for four such sequences (H200, Triton 3.6, 2026-11-29).
+
+    Args:
+        tiles: Those of ``scan_kernel``.
+        K: Key size.
+        V: Value size.
+        heads: States of the call: of sequences, or of segments.
+        gpu: The GPU.
+        is_late: Whether tokens come and the output goes by descriptors.
+        is_split: Whether packed sequences are split, whose places only ``scan_kernel`` looks up.
+    """
+    is_served = gpu.arch == "sm_90" and (K, V, tiles.BT) == (128, 128, 64)
+    if not (is_served and is_late and has_gluon()) or is_split:
+        return scan_kernel, tiles, {}
+    # Not at the top: a Triton without Gluon has the other kernel.
+    from .chunk_scan_hopper import scan_hopper_kernel
+
+    BV = 64 if 2 * heads <= gpu.multiprocessors else 128
+    # Of 8 warps, those of the roles, Triton would want 256 registers each, which ptxas refuses.
+    options = {"maxnreg": 240} if BV == 64 else {}
+    return scan_hopper_kernel, tiles._replace(BV=BV, num_warps=4, num_stages=3), options

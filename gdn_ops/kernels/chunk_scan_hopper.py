@@ -1,0 +1,397 @@
+"""The scan over chunks on Hopper: the maths of chunk_scan.py, with a role for each group of warps.
+
+    x  = v^T - exp(G) (S k^T)
+    o  = (exp(G) (S q^T) + x weights^T) scale
+    S' = exp(G_last) S + (x inverse^T) k
+
+chunk_scan.py has the legend: tensors, strides, sizes, tiles and flags are the same, in the same
+order, so that one launch serves either kernel. This one is written in Gluon, in which layouts,
+barriers and the order of products are the author's. The roles of a program:
+
+    walk    a warp group for each 64 of the ``BV`` rows of the state, which stay in its registers.
+            Products are asynchronous: those of S with keys and queries run together, and none
+            waits for one that it does not read. The output leaves while the state is updated
+    load    one warp, which asks for the tiles of the next chunks by tensor descriptors, as soon as
+            every group has left the chunk whose memory they take
+
+Shared memory has STAGES = 3 chunks, each with a barrier ``full``, on which the bytes of its tiles
+arrive, and one ``free``, on which each group arrives a chunk later: every warp has then passed a
+barrier of its group, and needs none for this. Bytes, with ``BV`` 64 and 128:
+
+    q, k               2 x 3 x 16384        98304     98304
+    v                      3 x  128 BV      24576     49152
+    inverse, weights   2 x 3 x  8192        49152     49152
+    o                           128 BV       8192     16384
+    decays                 3 x  256 ROWS     2304      2304    with USE_QK_L2NORM; else 1536
+
+One group has 240 registers a thread and reads all that an output needs at once; two groups have as
+many, read it when they need it, and spill nothing either.
+
+Needs K = V = 128, chunks of 64 tokens of 16 bits, descriptors for tokens and output, packed
+sequences that are whole, sm_90, and a Triton of ``GLUON`` in chunk_hopper.py.
+
+us of the scan alone, this kernel / chunk_scan.py, of 16 key heads and 32 value heads of bfloat16,
+sequences x tokens (H200, Triton 3.6, 2026-11-29, with descriptors made on the host):
+
+    1x8192   137 / 168        4x2048   72 / 84        8x1024   78 / 94        4x8192   264 / 300
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .chunk_prepare import load_bounds
+
+# Triton 3.7 has another name for it.
+group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# The same function, for a kernel of Gluon.
+load_bounds_of_sequence = gluon.jit(load_bounds.fn)
+
+
+@gluon.constexpr_function
+def tile_layout():
+    """Of a tile of 16-bit numbers, as descriptors and products have it."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+@gluon.constexpr_function
+def row_layout(rank):
+    """Of a row of decays, as descriptors write it."""
+    if rank == 1:
+        return gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+@gluon.jit
+def load_chunks(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr):
+    """The role of one warp: tiles of tokens, and the matrices and decays of their chunks."""
+    BT: gl.constexpr = C[0]
+    STAGES: gl.constexpr = C[1]
+    HALVES: gl.constexpr = C[2]
+    ROWS: gl.constexpr = C[3]
+    s_q, s_k, s_v, s_inverse, s_weights, s_decays, _ = tiles
+    d_q, d_k, d_v, d_inverse, d_weights, d_decays, _ = descriptors
+    full, free = bars
+    BYTES: gl.constexpr = 2 * BT * (2 * 128 + HALVES * 64 + 2 * BT) + ROWS * BT * 4
+    for i in range(chunks):
+        i_stage = i % STAGES
+        mbarrier.wait(free.index(i_stage), ((i // STAGES) & 1) ^ 1)
+        bar = full.index(i_stage)
+        mbarrier.expect(bar, BYTES)
+        i_row = (i + i_skip) * BT
+        tma.async_copy_global_to_shared(d_k, [i_row, 0], bar, s_k.index(i_stage))
+        tma.async_copy_global_to_shared(d_q, [i_row, 0], bar, s_q.index(i_stage))
+        for row in gl.static_range(ROWS):
+            b_row = s_decays.index(ROWS * i_stage + row)
+            b_row = b_row._reinterpret(gl.float32, [1, BT], row_layout(2))
+            tma.async_copy_global_to_shared(d_decays, [i + i_skip, row * BT], bar, b_row)
+        for half in gl.static_range(HALVES):
+            o_v = (i_v * HALVES + half) * 64
+            b_v = s_v.index(HALVES * i_stage + half)
+            tma.async_copy_global_to_shared(d_v, [i_row, o_v], bar, b_v)
+        tma.async_copy_global_to_shared(d_inverse, [i_row, 0], bar, s_inverse.index(i_stage))
+        tma.async_copy_global_to_shared(d_weights, [i_row, 0], bar, s_weights.index(i_stage))
+
+
+@gluon.jit
+def walk_chunks(
+    tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr, HALF: gl.constexpr
+):
+    """The role of a warp group: 64 rows of the state, from the first chunk to the last."""
+    BT: gl.constexpr = C[0]
+    STAGES: gl.constexpr = C[1]
+    HALVES: gl.constexpr = C[2]
+    ROWS: gl.constexpr = C[3]
+    scale: gl.constexpr = C[4]
+    HAS_STATE: gl.constexpr = C[5]
+    ORDER: gl.constexpr = HALVES - 1
+    s_q, s_k, s_v, s_inverse, s_weights, s_decays, s_o = tiles
+    d_o = descriptors[6]
+    full, free = bars
+    DOT: gl.constexpr = s_k.dtype
+    # States [V, K], and what is multiplied by them [V, BT]; as operands in registers.
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    PLACE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    STATE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PLACE, 2)
+    b_zero = gl.zeros((64, BT), gl.float32, PLACE)
+    i_first = (i_v * HALVES + HALF) * 64
+    o_v = i_first + gl.arange(0, 64, layout=gl.SliceLayout(1, STATE))
+    o_k = gl.arange(0, 128, layout=gl.SliceLayout(0, STATE))
+    b_S = gl.zeros((64, 128), gl.float32, STATE)
+    if HAS_STATE:
+        p_state, stride_v, stride_k, m_read = read
+        p_state += o_v[:, None] * stride_v + o_k[None, :] * stride_k
+        b_S = gl.load(p_state, m_read, 0.0).to(gl.float32)
+    b_out = s_o.index(HALF)
+    for i in range(chunks):
+        i_stage = i % STAGES
+        mbarrier.wait(full.index(i_stage), (i // STAGES) & 1)
+        b_k = s_k.index(i_stage)
+        b_q = s_q.index(i_stage).permute((1, 0))
+        b_inverse = s_inverse.index(i_stage).permute((1, 0))
+        b_weights = s_weights.index(i_stage).permute((1, 0))
+        t_v = s_v.index(HALVES * i_stage + HALF).permute((1, 0))
+        t_decay = s_decays.index(ROWS * i_stage)
+        t_last = s_decays.index(ROWS * i_stage + ROWS - 1)
+        b_Sd = gl.convert_layout(b_S.to(DOT), OPERAND)
+        b_x = warpgroup_mma(b_Sd, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        b_o = warpgroup_mma(b_Sd, b_q, b_zero, use_acc=False, is_async=True)
+        if ORDER == 0:
+            b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
+            b_last = t_last.load(gl.SliceLayout(1, STATE))
+            b_v = t_v.load(PLACE)
+        b_x = warpgroup_mma_wait(1, deps=(b_x,))
+        if ORDER == 1:
+            b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
+            b_v = t_v.load(PLACE)
+        if ROWS == 3:
+            b_ratio = s_decays.index(ROWS * i_stage + 1).load(gl.SliceLayout(0, PLACE))
+            b_x = b_x * (b_decay * -b_ratio)[None, :] + b_v.to(gl.float32)
+        else:
+            b_x = b_x * (-b_decay)[None, :] + b_v.to(gl.float32)
+        b_xd = gl.convert_layout(b_x.to(DOT), OPERAND)
+        b_u = warpgroup_mma(b_xd, b_inverse, b_zero, use_acc=False, is_async=True)
+        if ORDER == 1:
+            b_last = t_last.load(gl.SliceLayout(1, STATE))
+        b_S = b_S * b_last[:, None]
+        b_o = warpgroup_mma_wait(1, deps=(b_o,))
+        if ORDER == 1:
+            b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
+        b_o = b_o * b_decay[None, :]
+        b_o = warpgroup_mma(b_xd, b_weights, b_o, is_async=True)
+        b_u = warpgroup_mma_wait(1, deps=(b_u,))
+        b_ud = gl.convert_layout(b_u.to(DOT), STATE_OPERAND)
+        b_S = warpgroup_mma(b_ud, b_k, b_S, is_async=True)
+        b_o = warpgroup_mma_wait(1, deps=(b_o,))
+        # Of the output before this one: its shared memory must have been read.
+        tma.store_wait(0)
+        group_barrier()
+        b_out.permute((1, 0)).store((b_o * scale).to(DOT))
+        fence_async_shared()
+        group_barrier()
+        # Every warp has left the chunk before: no barrier for that alone.
+        mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
+        tma.async_copy_shared_to_global(d_o, [i * BT, i_first], b_out)
+        b_S = warpgroup_mma_wait(0, deps=(b_S,))
+    p_final, stride_v, stride_k, m_last = write
+    p_final += o_v[:, None] * stride_v + o_k[None, :] * stride_k
+    gl.store(p_final, b_S.to(p_final.dtype.element_ty), m_last)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def walk_low(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr):
+    """The first 64 rows."""
+    walk_chunks(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C, 0)
+
+
+@gluon.jit
+def walk_high(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr):
+    """The other 64 rows."""
+    walk_chunks(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C, 1)
+
+
+@gluon.jit
+def scan_hopper_kernel(
+    q,
+    k,
+    v,
+    inverse,
+    weights,
+    decays,
+    state,
+    segment_states,
+    final_state,
+    state_indices,
+    has_initial_state,
+    cu_seqlens,
+    read_indices,
+    o,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_q_k,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_k_k,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_v_v,
+    stride_state_n,
+    stride_state_h,
+    stride_state_v,
+    stride_state_k,
+    stride_final_state_n,
+    stride_final_state_h,
+    stride_final_state_v,
+    stride_final_state_k,
+    stride_state_indices_n,
+    stride_has_initial_state_n,
+    stride_cu_seqlens_n,
+    stride_read_indices_n,
+    stride_o_b,
+    stride_o_t,
+    stride_o_h,
+    stride_o_v,
+    T,
+    B,
+    scale: gl.constexpr,
+    null_index: gl.constexpr,
+    H: gl.constexpr,
+    HV: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    HAS_STATE: gl.constexpr,
+    HAS_INDICES: gl.constexpr,
+    HAS_READ_INDICES: gl.constexpr,
+    HAS_INITIAL_STATE: gl.constexpr,
+    IS_POOL: gl.constexpr,
+    IS_VARLEN: gl.constexpr,
+    USE_QK_L2NORM: gl.constexpr,
+    USE_DESCRIPTORS: gl.constexpr,
+    USE_DESCRIPTOR_STORE: gl.constexpr,
+    INDEX: gl.constexpr,
+    DOT: gl.constexpr,
+    PRECISION: gl.constexpr,
+    SEGMENTS: gl.constexpr,
+    LEAST: gl.constexpr,
+    BT: gl.constexpr,
+    BK: gl.constexpr,
+    BV: gl.constexpr,
+    BN: gl.constexpr,
+):
+    """One sequence or segment, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``.
+
+    As ``scan_kernel`` of chunk_scan.py, dead rows and padding included.
+    """
+    gl.static_assert(K == 128 and V == 128 and BK == 128 and BT == 64)
+    gl.static_assert(BV == 64 or BV == 128)
+    gl.static_assert(USE_DESCRIPTORS and USE_DESCRIPTOR_STORE)
+    gl.static_assert(SEGMENTS == 1 or not IS_VARLEN)
+    NV: gl.constexpr = V // BV
+    i_v = gl.program_id(0) % NV
+    i_hv = gl.program_id(0) // NV % HV
+    i_n = gl.program_id(0) // (NV * HV)
+    i_h = i_hv // (HV // H)
+    # No constant, also of one token.
+    length = i_n * 0 + T
+    if SEGMENTS > 1:
+        i_s = i_n.to(gl.int64)
+        all_chunks = gl.cdiv(length, BT)
+        chunks = gl.maximum(gl.cdiv(all_chunks * B, SEGMENTS), LEAST)
+        segments = gl.cdiv(all_chunks, chunks)
+        i_segment = i_n % segments
+        i_n = i_n // segments
+    i_b = i_n.to(gl.int64)
+    i_first = i_b * 0
+    is_live = i_n >= 0
+    if IS_VARLEN:
+        N = gl.num_programs(0) // (NV * HV) - 1
+        is_live = i_n < N
+        i_start, length = load_bounds_of_sequence(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
+        i_first = i_start.to(gl.int64)
+        i_b = i_b * 0
+
+    i_write = i_n.to(gl.int64)
+    i_read = i_write
+    i_row = gl.where(is_live, i_n, 0)
+    if IS_POOL:
+        if HAS_INDICES:
+            i_write = gl.load(state_indices + i_row * stride_state_indices_n).to(gl.int64)
+            i_read = i_write
+        if HAS_READ_INDICES:
+            i_read = gl.load(read_indices + i_row * stride_read_indices_n).to(gl.int64)
+        is_live = is_live & (i_read > null_index) & (i_write > null_index) & (length > 0)
+
+    # Pointer, strides of V and K, and mask.
+    p_final = final_state + i_write * stride_final_state_n + i_hv * stride_final_state_h
+    read = (p_final, stride_final_state_v, stride_final_state_k, is_live)
+    if SEGMENTS > 1:
+        read = (segment_states + (i_s * HV + i_hv) * (V * K), K, 1, is_live)
+    elif HAS_STATE:
+        m_read = is_live
+        if HAS_INITIAL_STATE:
+            p_has = has_initial_state + i_row * stride_has_initial_state_n
+            m_read = m_read & (gl.load(p_has) != 0)
+        p_state = state + i_read * stride_state_n + i_hv * stride_state_h
+        read = (p_state, stride_state_v, stride_state_k, m_read)
+
+    i_place = i_b * gl.cdiv(T, BT)
+    if IS_VARLEN:
+        i_place = i_first // BT + i_n
+    is_last = is_live
+    if SEGMENTS > 1:
+        # The batch has no places that are left over.
+        rest = length - i_segment * (chunks * BT)
+        is_last = is_live & (rest <= chunks * BT)
+        length = gl.minimum(rest, chunks * BT)
+        i_first += i_segment * (chunks * BT)
+        i_place += i_segment * chunks
+    write = (p_final, stride_final_state_v, stride_final_state_k, is_last)
+
+    p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
+    p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
+    p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
+    p_o = o + i_b * stride_o_b + i_first * stride_o_t + i_hv * stride_o_h
+    o_block = ((i_b * T + i_first) * HV + i_hv) * BT
+    ROWS: gl.constexpr = 3 if USE_QK_L2NORM else 2
+    p_decays = decays + (i_place * HV + i_hv) * (ROWS * BT)
+    # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
+    rows = gl.maximum(length, 1)
+    places = gl.cdiv(rows, BT)
+    TILE: gl.constexpr = tile_layout()
+    ROW: gl.constexpr = row_layout(2)
+    make: gl.constexpr = tma.make_tensor_descriptor
+    d_q = make(p_q, [rows, K], [stride_q_t, 1], [BT, K], TILE)
+    d_k = make(p_k, [rows, K], [stride_k_t, 1], [BT, K], TILE)
+    d_v = make(p_v, [rows, V], [stride_v_t, 1], [BT, 64], TILE)
+    d_o = make(p_o, [rows, V], [stride_o_t, 1], [BT, 64], TILE)
+    d_inverse = make(inverse + o_block, [rows, BT], [HV * BT, 1], [BT, BT], TILE)
+    d_weights = make(weights + o_block, [rows, BT], [HV * BT, 1], [BT, BT], TILE)
+    d_decays = make(p_decays, [places, ROWS * BT], [HV * ROWS * BT, 1], [1, BT], ROW)
+
+    STAGES: gl.constexpr = 3
+    HALVES: gl.constexpr = BV // 64
+    s_q = gl.allocate_shared_memory(DOT, [STAGES, BT, K], TILE)
+    s_k = gl.allocate_shared_memory(DOT, [STAGES, BT, K], TILE)
+    s_v = gl.allocate_shared_memory(DOT, [STAGES * HALVES, BT, 64], TILE)
+    s_inverse = gl.allocate_shared_memory(DOT, [STAGES, BT, BT], TILE)
+    s_weights = gl.allocate_shared_memory(DOT, [STAGES, BT, BT], TILE)
+    s_o = gl.allocate_shared_memory(DOT, [HALVES, BT, 64], TILE)
+    s_decays = gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, BT], row_layout(1))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=HALVES)
+    fence_async_shared()
+    group_barrier()
+    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, SEGMENTS > 1 or HAS_STATE)
+    # Where no token is valid all reads are past the end.
+    i_skip = gl.where(is_live, 0, places)
+    args = (
+        (s_q, s_k, s_v, s_inverse, s_weights, s_decays, s_o),
+        (full, free),
+        (d_q, d_k, d_v, d_inverse, d_weights, d_decays, d_o),
+        read,
+        write,
+        i_v,
+        i_skip,
+        gl.cdiv(length, BT),
+        C,
+    )
+    if HALVES == 1:
+        gl.warp_specialize([(walk_low, args), (load_chunks, args)], [1], [24])
+    else:
+        gl.warp_specialize(
+            [(walk_low, args), (walk_high, args), (load_chunks, args)], [4, 1], [240, 24]
+        )
