@@ -1,0 +1,255 @@
+"""The scan for Hopper on its GPU: against the plain scan, and against the loop over tokens."""
+
+import functools
+from unittest import mock
+
+import oracle
+import pytest
+import torch
+from inputs import cu_seqlens, indices, make_inputs, make_state, spread
+from tolerance import (
+    assert_all_as_accurate_as_plain,
+    assert_bitwise_equal,
+    operands_of,
+    witnesses,
+)
+
+import gdn_ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
+
+H, HV, K, V = 1, 2, 128, 128
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Empty sequences first, between and last; then 30 tokens of padding.
+LENGTHS, PADDING = (0, 70, 0, 129, 1, 0), 30
+
+
+@pytest.fixture(autouse=True)
+def is_served(cuda):
+    """Other GPUs, and other versions of Triton, have the plain scan alone."""
+    from gdn_ops.kernels.chunk_hopper import has_gluon
+    from gdn_ops.kernels.configs import gpu_at
+
+    if gpu_at(0).arch != "sm_90" or not has_gluon():
+        pytest.skip("needs sm_90 and the Gluon of a Triton that is known")
+
+
+def scanned_by(halves, call):
+    """The results of ``call`` with so many warp groups a program; 0: by the plain scan."""
+    from gdn_ops.kernels import chunk, chunk_hopper
+    from gdn_ops.kernels.chunk_scan import scan_kernel
+
+    own, used = chunk_hopper.pick_scan, []
+
+    def pick(tiles, K, V, heads, gpu, *flags):
+        if halves == 0:
+            return scan_kernel, tiles, {}
+        heads = 1 if halves == 1 else gpu.multiprocessors
+        used.append(own(tiles, K, V, heads, gpu, *flags))
+        return used[-1]
+
+    with mock.patch.object(chunk, "pick_scan", pick):
+        results = call()
+    for kernel, tiles, _ in used:
+        assert (kernel.__name__, tiles.BV) == ("scan_hopper_kernel", 64 * halves)
+    assert halves == 0 or used
+    return results
+
+
+def assert_close(results, others):
+    """Up to the rounding of products whose operands have 16 bits."""
+    for x, y in zip(results, others, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert (x.float() - y.float()).norm() <= 2**-7 * y.float().norm()
+
+
+def make_batch(B=2, T=200, dtype=BF16, state=FP32, **options):
+    tokens = make_inputs(B, T, H, HV, K, V, dtype, device="cuda")
+    initial = None if state is None else make_state(B, HV, V, K, state, device="cuda")
+    return (*tokens, initial), options
+
+
+def make_packed(state=FP32, **options):
+    tokens = make_inputs(1, sum(LENGTHS) + PADDING, H, HV, K, V, BF16, device="cuda")
+    initial = make_state(len(LENGTHS), HV, V, K, state, device="cuda")
+    return (*tokens, initial, cu_seqlens(LENGTHS, device="cuda")), options
+
+
+def make_strided():
+    """States whose keys are not contiguous, among other numbers."""
+    args, options = make_batch(T=65)
+    initial = spread(args[5].mT.contiguous(), slot_gap=64, head_gap=32, offset=3)[0].mT
+    assert initial.stride(3) != 1
+    return (*args[:5], initial), options
+
+
+CASES = {
+    **{f"T={T}": functools.partial(make_batch, T=T) for T in (1, 63, 64, 65, 200)},
+    "norms": lambda: make_batch(use_qk_l2norm=True),
+    "norms of one token": lambda: make_batch(T=1, use_qk_l2norm=True),
+    "scale": lambda: make_batch(T=65, scale=0.5),
+    "no state": lambda: make_batch(state=None),
+    "state bf16": lambda: make_batch(state=BF16),
+    "state fp16": lambda: make_batch(state=FP16, use_qk_l2norm=True),
+    "tokens fp16": lambda: make_batch(dtype=FP16),
+    "strides": make_strided,
+    "packed": make_packed,
+    "packed with norms": lambda: make_packed(state=BF16, use_qk_l2norm=True),
+}
+
+
+@functools.cache
+def expected_of(case):
+    args, options = CASES[case]()
+    operands = operands_of(gdn_ops.chunk, args[0].dtype)
+    return args, options, witnesses(oracle.delta_rule, *args, operands=operands, **options)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_as_accurate_as_the_loop_and_agrees_with_the_plain_scan(case, halves):
+    from gdn_ops.kernels import chunk
+
+    args, options, found = expected_of(case)
+
+    def call():
+        return chunk.chunk(*args, **options)
+
+    results = scanned_by(halves, call)
+    assert_all_as_accurate_as_plain(results, *found, terms=K)
+    assert_close(results, scanned_by(0, call))
+    if len(args) > 6:
+        assert not results[0][:, sum(LENGTHS) :].any()
+
+
+# Slots that are written, and read: none, or none of the two, is no row. With a first slot.
+POOLS = {
+    "slots": ([4, -1, 1, 6, -1, 3], None, None),
+    "reads": ([4, 5, 1, 6, -1, 3], [2, -1, 1, 0, 2, 3], None),
+    "starts": ([4, 5, 1, 6, 2, 3], [2, 5, 1, -1, 0, 3], [True, False, True, True, False, True]),
+}
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", POOLS)
+def test_rows_without_a_slot_are_zero_and_pools_are_written_in_slots_alone(name, state, halves):
+    from gdn_ops.kernels import chunk
+
+    slots, reads, starts = POOLS[name]
+    tokens, bounds = make_packed()[0][:5], cu_seqlens(LENGTHS, device="cuda")
+    before, _ = spread(make_state(8, HV, V, K, state, device="cuda"), slot_gap=128, head_gap=64)
+    places = (
+        indices(slots, device="cuda"),
+        None if starts is None else torch.tensor(starts, device="cuda"),
+        bounds,
+        None if reads is None else indices(reads, device="cuda"),
+    )
+    found = witnesses(
+        oracle.delta_rule_into_pool,
+        *(*tokens, before, places[0], None, bounds, places[3]),
+        has_initial_state=starts,
+        operands=operands_of(gdn_ops.chunk_, BF16),
+    )
+
+    def call():
+        pool, buffer = spread(before, slot_gap=128, head_gap=64)
+        return chunk.chunk_(*tokens, pool, *places), pool, buffer
+
+    o, pool, buffer = scanned_by(halves, call)
+    assert_all_as_accurate_as_plain((o, pool), *found, terms=K, names=("o", "pool"))
+    assert_close((o, pool), scanned_by(0, call)[:2])
+    # Slots of no live row, and what lies between slots.
+    rest, untouched = spread(torch.ones_like(before), slot_gap=128, head_gap=64)
+    start_of = slots if reads is None else reads
+    rest[[w for w, r, n in zip(slots, start_of, LENGTHS, strict=True) if min(w, r) >= 0 and n]] = 0
+    _, buffer_before = spread(before, slot_gap=128, head_gap=64)
+    assert_bitwise_equal(buffer[untouched != 0], buffer_before[untouched != 0], "beside the slots")
+    start = 0
+    for n, length in enumerate(LENGTHS):
+        if slots[n] < 0 or (reads is not None and reads[n] < 0):
+            assert not o[:, start : start + length].any()
+        start += length
+    assert not o[:, start:].any()
+
+
+def test_a_null_index_is_no_slot():
+    from gdn_ops.kernels import chunk
+
+    tokens = make_batch()[0][:5]
+    before = make_state(3, HV, V, K, device="cuda")
+    pool, slots = before.clone(), indices([0, 2], device="cuda")
+    o = scanned_by(1, lambda: chunk.chunk_(*tokens, pool, slots, null_index=0))
+    assert not o[0].any()
+    assert o[1].any()
+    assert_bitwise_equal(pool[:2], before[:2], "pool")
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("T", [520, 576])
+@pytest.mark.parametrize("is_pool", [False, True], ids=["states", "pool"])
+def test_segments_of_a_batch_agree_with_whole_sequences(T, halves, is_pool, monkeypatch):
+    from gdn_ops.kernels import chunk
+    from gdn_ops.kernels.chunk_segments import Split
+
+    args, options = make_batch(T=T, use_qk_l2norm=True)
+
+    def call():
+        if not is_pool:
+            return chunk.chunk(*args, **options)
+        pool, slots = args[5].clone(), indices([1, -1], device="cuda")
+        return chunk.chunk_(*args[:5], pool, slots, **options), pool
+
+    whole = scanned_by(0, call)
+    monkeypatch.setattr(chunk, "choose", lambda *_: Split(6, 1))
+    assert_close(scanned_by(halves, call), whole)
+    assert_close(scanned_by(0, call), whole)
+
+
+def test_segments_of_packed_sequences_are_scanned_by_the_plain_kernel(monkeypatch):
+    from gdn_ops.kernels import chunk, chunk_hopper
+    from gdn_ops.kernels.chunk_segments import Split
+
+    args, options = make_packed()
+    whole = chunk.chunk(*args, **options)
+    monkeypatch.setattr(chunk, "choose", lambda *_: Split(4, 1))
+    pick = mock.Mock(side_effect=chunk_hopper.pick_scan)
+    monkeypatch.setattr(chunk, "pick_scan", pick)
+    assert_close(chunk.chunk(*args, **options), whole)
+    assert pick.call_args.args[-1] is True
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_a_hundred_repeats_have_the_same_bits(halves):
+    from gdn_ops.kernels import chunk
+
+    args, options = make_packed(use_qk_l2norm=True)
+
+    def call():
+        return [chunk.chunk(*args, **options) for _ in range(100)]
+
+    first, *others = scanned_by(halves, call)
+    for results in others:
+        for x, y in zip(first, results, strict=True):
+            assert_bitwise_equal(y, x)
+
+
+# 40 sequences are too many for a multiprocessor for each 64 rows, two are not.
+@pytest.mark.parametrize("B", [2, 40])
+def test_plans_and_cuda_graphs_repeat_the_bits_of_the_first_call(B):
+    from gdn_ops.kernels import chunk
+
+    args, _ = make_batch(B, 65 + 3 * B)
+    expected = scanned_by(1 if B == 2 else 2, lambda: chunk.chunk(*args))
+    for _ in range(4):  # the first is noted, the others repeat it
+        for x, y in zip(gdn_ops.chunk(*args), expected, strict=True):
+            assert_bitwise_equal(x, y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = gdn_ops.chunk(*args)
+    for _ in range(20):
+        for x in results:
+            x.zero_()
+        graph.replay()
+        for x, y in zip(results, expected, strict=True):
+            assert_bitwise_equal(x, y)
