@@ -136,7 +136,7 @@ class Doubling:
         self.run = self
 
     def __getitem__(self, grid):
-        def first(x, y, n, *, factor, num_warps, num_stages):
+        def first(x, y, n, *, factor, num_warps, num_stages, enable_fp_fusion):
             self.compiled += 1
             self._compute(x.data_ptr(), y.data_ptr(), n, factor)
             return self

@@ -20,7 +20,7 @@ from . import chunk
 from .chunk_backward_gradients import chunk_gradients_kernel
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
-from .launch import strides
+from .launch import OPTIONS, strides
 from .plan import new_scratch
 
 # Bounds of sequences that a program reads at once to find its chunk.
@@ -154,6 +154,7 @@ def chunk_backward(
         "PRECISION": chunk.PRECISION,
         "BT": BT,
         "BK": tiles.BK,
+        **OPTIONS,
     }
     scan = flags | {
         "HAS_INITIAL_STATE": initial_state is not None,

@@ -7,6 +7,10 @@ from torch import Tensor
 
 from .record import active_recorder
 
+# Of every launch, as of Inductor's templates. Triton 3.9 warns where it is not asked for, since the
+# next release does not fuse a product with a sum by itself.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def launch(
     kernel: Any,
@@ -31,7 +35,7 @@ def launch(
     recorder = active_recorder()
     with contextlib.nullcontext() if recorder is None else recorder.paused():
         binary = kernel[(programs,)](
-            *tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages
+            *tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages, **OPTIONS
         )
     if recorder is not None:
         names = kernel.arg_names[len(tensors) + len(numbers) :]
