@@ -102,15 +102,17 @@ def parse(text: str) -> Row:
 def chosen(names: list[str] | None) -> list[Row]:
     """The rows of these names (all where None), headline rows first.
 
+    A name is that of several rows, ``prefill``, or of one, ``prefill 8192x1 fp32``.
+
     Raises:
         ValueError: a name that no row has.
     """
     known = dict.fromkeys(row.name for row in ROWS)
     for name in names or ():
-        if name not in known:
+        if name not in known and name not in map(str, ROWS):
             raise ValueError(f"rows: {name} must be one of {', '.join(known)}")
     rows = dict.fromkeys((*HEADLINE, *ROWS))
-    return [row for row in rows if names is None or row.name in names]
+    return [row for row in rows if names is None or row.name in names or str(row) in names]
 
 
 def bytes_moved(row: Row) -> int:

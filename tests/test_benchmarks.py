@@ -26,6 +26,7 @@ def test_headlines_are_rows_that_come_first_and_no_row_is_lost():
     assert set(HEADLINE) <= set(ROWS)
     assert tuple(chosen(None)[: len(HEADLINE)]) == HEADLINE
     assert sorted(map(str, chosen(None))) == sorted(map(str, ROWS))
+    assert list(map(str, chosen(["prefill 8192x1 fp32 tp8"]))) == ["prefill 8192x1 fp32 tp8"]
 
 
 def test_rows_of_operators_alone_have_targets_and_no_others():
@@ -46,6 +47,7 @@ def test_rows_of_operators_alone_have_targets_and_no_others():
         ("prefill 8192x4 fp32", 4 * (8192 * 24832 + 2097152)),
         ("prefill_serving 512x1 fp32", 512 * 24832 + 2 * 2097152),
         ("train 8192x1 fp32", 3 * 8192 * 24832),
+        ("prefill 8192x1 fp32 tp8", (8192 * 24832 + 2097152) // 8),
     ],
 )
 def test_the_least_traffic_is_that_of_tokens_and_states(row, expected):
