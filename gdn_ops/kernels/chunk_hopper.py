@@ -23,8 +23,9 @@ def pick_scan(
     """The kernel, its tiles, and further options of Triton.
 
     A program with one warp group of 64 rows where all of them have a multiprocessor for themselves,
-    else with two, which share the tokens: 137 instead of 168 us for the scan of 8192 tokens of 32
-    heads, and 264 instead of 300 for four such sequences (H200, Triton 3.6, 2026-11-29).
+    else with two, which share the tokens. us of a prefill of 32 heads, this scan / the plain one
+    (H200, Triton 3.6, 2026-11-29): 512 tokens 25 / 28, 8192 235 / 258, 4 x 2048 172 / 174, 4 x 8192
+    596 / 624.
 
     Args:
         tiles: Those of ``scan_kernel``.

@@ -31,7 +31,8 @@ Needs K = V = 128, chunks of 64 tokens of 16 bits, descriptors for tokens and ou
 sequences that are whole, sm_90, and a Triton of ``GLUON`` in chunk_hopper.py.
 
 us of the scan alone, this kernel / chunk_scan.py, of 16 key heads and 32 value heads of bfloat16,
-sequences x tokens (H200, Triton 3.6, 2026-11-29, with descriptors made on the host):
+sequences x tokens (H200, Triton 3.6, 2026-11-29; with descriptors made on the host, see
+chunk_hopper.py for those of a program):
 
     1x8192   137 / 168        4x2048   72 / 84        8x1024   78 / 94        4x8192   264 / 300
 """
