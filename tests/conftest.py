@@ -36,6 +36,11 @@ def _devices():
     return devices
 
 
+def pytest_runtest_setup(item):
+    """What a test draws does not depend on the tests before it, of which a worker has any."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", params=_devices())
 def device(request):
     """Where the operators under test run; the oracles always run on the CPU."""
