@@ -84,11 +84,15 @@ def multiply_parts(x, y, b_xy):
 
 
 @triton.jit
-def spread_channels(b_x):
-    """``[n, KB]`` with the channels in the order in which an operand has them."""
+def spread_channels(b_x, IS_TRANSPOSED: tl.constexpr = False):
+    """``[n, KB]`` with the channels in the order in which an operand has them, or ``[KB, n]``."""
     n: tl.constexpr = b_x.shape[0]
     KB: tl.constexpr = b_x.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(b_x, (n, 4, KB // 8, 2)), (0, 2, 1, 3)), (n, KB))
+    b_x = tl.reshape(b_x, (n, 4, KB // 8, 2))
+    if IS_TRANSPOSED:  # Triton 3.8 does a tl.trans of its own in shared memory
+        return tl.reshape(tl.permute(b_x, (2, 1, 3, 0)), (KB, n))
+    else:  # noqa: RET505 one type a branch
+        return tl.reshape(tl.permute(b_x, (0, 2, 1, 3)), (n, KB))
 
 
 @triton.jit
@@ -272,9 +276,8 @@ def recurrent_verify_kernel(
             b_kq = tl.load(p_x, (m_t & is_query)[:, None] & m_k, b_kq)
             kqs = append(kqs, b_kq)
         for i in tl.static_range(BK // KB):
-            b_kq = spread_channels(kqs[i])
-            kq = split_exactly(b_kq, TOKEN_PARTS)
-            kq_t = split_exactly(tl.trans(b_kq), TOKEN_PARTS)
+            kq = split_exactly(spread_channels(kqs[i]), TOKEN_PARTS)
+            kq_t = split_exactly(spread_channels(kqs[i], True), TOKEN_PARTS)
             b_G = multiply_parts(kq, kq_t, b_G)
             b_x = multiply_parts(split_exactly(s[i], STATE_PARTS), kq_t, b_x)
         b_scale = tl.where(is_query, scale, 1.0)
