@@ -205,14 +205,14 @@ def chunk_gradients_kernel(
     b_q = tl.load(p_q + o_tq, m_k, 0.0).to(DOT)
     o_tk = o_i[:, None] * stride_k_t + o_k[None, :] * stride_k_k
     b_k = tl.load(p_k + o_tk, m_k, 0.0).to(DOT)
-    b_q_scale = m_t.to(tl.float32)
-    b_k_scale = m_t.to(tl.float32)
     WIDE: tl.constexpr = G.dtype.element_ty
     ROWS: tl.constexpr = 3 if USE_QK_L2NORM else 1
     if USE_QK_L2NORM:
         # Of the first value head: those of the others are the same.
         p_rows = G + (i_place.to(tl.int64) * HV + i_h * R) * (ROWS * BT) + o_i
         b_row = tl.load(p_rows, m_t, 0.0) * 1.4426950408889634
+        b_q_scale = m_t.to(tl.float32)
+        b_k_scale = m_t.to(tl.float32)
         b_q_scale *= scale_of_rows(tl.load(p_rows + BT, m_t, 0.0), b_row)
         b_k_scale *= scale_of_rows(tl.load(p_rows + 2 * BT, m_t, 0.0), b_row)
     m_pairs = o_i[:, None] >= o_i[None, :]
@@ -262,9 +262,14 @@ def chunk_gradients_kernel(
                 )
             b_dv = (b_dr.to(tl.float32) * b_beta[:, None]).to(dv.dtype.element_ty)
             tl.store(dv + o_r * V + o_tv, b_dv, m_v)
-        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs & m_t[:, None]) * b_k_scale[None, :]
-        b_dP *= b_D * (b_q_scale * scale)[:, None]
-        b_dA = tl.where(m_lower, -b_dA * b_D * b_k_scale[:, None], 0.0)
+        b_D = decay_between(b_G[:, None], b_G[None, :], m_pairs & m_t[:, None])
+        if USE_QK_L2NORM:
+            b_D *= b_k_scale[None, :]
+            b_dP *= b_D * (b_q_scale * scale)[:, None]
+            b_dA = tl.where(m_lower, -b_dA * b_D * b_k_scale[:, None], 0.0)
+        else:
+            b_dP *= b_D * scale
+            b_dA = tl.where(m_lower, -b_dA * b_D, 0.0)
         if HAS_BETA:
             b_dbeta += row_products(b_kk, b_dA, WIDE)
             b_dbeta_rows = add_to_row(b_dbeta_rows, b_dbeta, i_r)
@@ -284,7 +289,9 @@ def chunk_gradients_kernel(
         b_decay, _ = decays_of_chunk(b_G, b_last)
         p_do = do + (o_row + i_r) * V
         b_doS = through_state(p_do, p_S + i_r * (V * K), m_t, HV, K, V, DOT, PRECISION, BT, BK, BV)
-        b_doS *= (b_decay * b_q_scale * scale)[:, None]
+        if USE_QK_L2NORM:
+            b_decay *= b_q_scale
+        b_doS *= (b_decay * scale)[:, None]
         b_dq += b_doS
         if HAS_G:
             b_dG = row_products(b_doS, tl.load(p_q + o_tq, m_k, 0.0), WIDE)
@@ -332,9 +339,12 @@ def chunk_gradients_kernel(
                 # Of eight neighbours by one thread: the others wait for the end of the loop.
                 b_SdS = tl.reshape(b_S.to(WIDE) * b_dS.to(WIDE), (BV, BK // 8, 8))
                 b_dwhole += tl.sum(b_SdS, 2)
-        b_drS *= -(b_decay * b_k_scale)[:, None]
+        if USE_QK_L2NORM:
+            b_decay *= b_k_scale
+            b_tail *= b_k_scale
+        b_drS *= -b_decay[:, None]
         b_dk += b_drS * b_beta[:, None]
-        b_udS *= (b_tail * b_k_scale)[:, None]
+        b_udS *= b_tail[:, None]
         b_dk += b_udS
         b_dG_k = row_products(b_drS, tl.load(p_k + o_tk, m_k, 0.0), WIDE)
         if HAS_BETA:
