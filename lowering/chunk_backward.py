@@ -112,7 +112,10 @@ class _Call:
         sizes = (*q.get_size()[2:], *v.get_size()[2:])
         self.H, self.K, self.HV, self.V = (_inductor.static_int(size) for size in sizes)
         self.N = self.B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
-        self.tiles: BackwardTiles = pick_backward(self.K, self.V, q.get_dtype())
+        self.gpu = gpu_at(_inductor.device(q).index or 0)
+        self.tiles: BackwardTiles = pick_backward(
+            self.K, self.V, q.get_dtype(), self.gpu, cu_seqlens is not None
+        )
         chunks = FloorDiv(self.T + self.tiles.BT - 1, self.tiles.BT)
         self.places = chunks * self.B if cu_seqlens is None else chunks + self.N
         self.scale = self.K**-0.5 if scale is None else scale
@@ -141,18 +144,14 @@ class _Call:
     def prepare(self) -> dict[str, IRNode | None]:
         """``G`` and ``inverse``."""
         BT = self.tiles.BT
-        wide = torch.float64 if self.q.get_dtype() == torch.float32 else torch.float32
+        dtype = self.q.get_dtype()
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
         rows = chunk_kernels.rows_of_decays(self.use_qk_l2norm, is_scaled=False)
         G = self.new(self.places, self.HV, rows, BT, dtype=wide)
-        gpu = gpu_at(_inductor.device(self.q).index or 0)
         inverse = PREPARE.call(
             self.named("q", "k", "g", "beta", "cu_seqlens", G=G),
             self.token_layout(self.q, self.HV, BT),
-            [
-                prepare_config(
-                    self.q.get_dtype(), gpu, BT, self.tiles.BK, self.H, self.HV, self.places
-                )
-            ],
+            [prepare_config(dtype, self.gpu, BT, self.tiles.BK, self.H, self.HV, self.places)],
             mutated=["G"],
             call_sizes=[self.places, self.HV],
             HAS_G=self.inputs["g"] is not None,

@@ -64,11 +64,11 @@ def pick(
         # narrow for it: https://github.com/triton-lang/triton/issues/11366. Of 32 rows it spills.
         BV = 16
     if BK > 128:
-        return Tiles(64, BK, BV, 4 if is_amd else 8, 1)
+        return Tiles(64, BK, 32, 8, 2) if gpu.is_tight else Tiles(64, BK, BV, 4 if is_amd else 8, 1)
     # A program that has a multiprocessor for itself has its memory too, since sm_90 enough.
     if heads * cdiv(V, BV) <= gpu.multiprocessors and gpu.has_descriptors:
-        return Tiles(64, BK, BV, 4, 3)
-    if use_descriptors and gpu.arch == "sm_90" and BK >= 64 and V > 64:
+        return Tiles(64, BK, BV, 8 if gpu.is_tight and BV == 64 else 4, 3)
+    if use_descriptors and not gpu.is_tight and gpu.arch == "sm_90" and BK >= 64 and V > 64:
         return Tiles(64, BK, 128, 8, 3)
     # On gfx942 two stages are 34 spills in the loop with Triton 3.6.0, with 3.7.1 none.
     return Tiles(64, BK, BV, 4, 1 if is_amd else 2)
@@ -121,7 +121,7 @@ def prepare_choice(
         return PrepareChoice(8, False, min(BK, 32), 1, 1)
     # Elsewhere a thread would spill, on sm_80 64 times in the loop over heads.
     has_room = not gpu.arch.startswith(("sm_8", "gfx"))
-    heads = HV // H if has_room else 1
+    heads = HV // H if has_room and not gpu.is_tight else 1
     while HV // H % heads or (heads > 1 and places * HV < heads * 2 * gpu.multiprocessors):
         heads -= 1
     KB = min(BK, 64)

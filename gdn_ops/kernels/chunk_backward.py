@@ -20,11 +20,14 @@ from . import chunk
 from .chunk_backward_gradients import chunk_gradients_kernel
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
+from .configs import TRITON, Gpu
 from .launch import OPTIONS, strides
 from .plan import new_scratch
 
 # Bounds of sequences that a program reads at once to find its chunk.
 PLACE_BN = 128
+# Stages of the third stage's loops for packed rows where a GPU is tight, if they are not 1.
+PACKED_STAGES: dict[tuple[int, ...], int] = {(3, 8): 3}
 
 
 class BackwardTiles(NamedTuple):
@@ -47,17 +50,19 @@ class BackwardTiles(NamedTuple):
 # but the reverse scan would have 280 accesses to local memory in its loop. With these tiles no
 # stage has any in a loop, up to V = 128 (sm_90, cross-compiled, Triton 3.6.0 and 3.7.1,
 # 2026-11-24).
-def pick_backward(K: int, V: int, dtype: torch.dtype) -> BackwardTiles:
+def pick_backward(K: int, V: int, dtype: torch.dtype, gpu: Gpu, is_packed: bool) -> BackwardTiles:
     """Tiles for heads of ``K`` and ``V`` that fit the shared memory of sm_90."""
     BK = max(16, triton.next_power_of_2(K))
     BV = max(16, triton.next_power_of_2(V))
+    rows = 16 if gpu.is_tight else 32
     if dtype == torch.float32:
-        return BackwardTiles(16, BK, min(BV, 32), min(BV, 32), 8, 8, 1, 1)
+        return BackwardTiles(16, BK, min(BV, rows), min(BV, 32), 8, 8, 1, 1)
     if BK > 128:
-        return BackwardTiles(32, BK, min(BV, 32), 16, 8, 8, 1, 1)
+        return BackwardTiles(32, BK, min(BV, rows), 16, 8, 8, 1, 1)
     if BK < 128:
         return BackwardTiles(32, BK, min(BV, 32), min(BV, 64), 4, 4, 2, 2)
-    return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, 2)
+    stages = PACKED_STAGES.get(TRITON, 1) if gpu.is_tight and is_packed else 2
+    return BackwardTiles(64, BK, min(BV, 64), min(BV, 64), 4, 8, 2, stages)
 
 
 def rows_of_heads(H: int, HV: int) -> int:
@@ -124,7 +129,8 @@ def chunk_backward(
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tiles = pick_backward(K, V, q.dtype)
+    gpu = chunk._gpu_at(q.device.index)
+    tiles = pick_backward(K, V, q.dtype, gpu, cu_seqlens is not None)
     BT = tiles.BT
     G, inverse, _ = chunk.prepare(
         *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm),

@@ -4,6 +4,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 # Rows of a state that a program of chunk's scan owns, where they are not 64: with 64 a thread of
 # four warps accesses local memory in the loop, 17 times on sm_100 and 16 on gfx942, with 32 never
@@ -12,6 +13,12 @@ SCAN_BV = {"sm_100": 32, "gfx942": 32}
 # Warps of prepare with several heads, where they are not 4: with 4 a thread spills on sm_100, 22
 # times, with 8 never; with one head it is the other way round (cross-compiled, Triton 3.7.1).
 PREPARE_WARPS = {"sm_100": 8}
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+# From which Triton on its assembler spills where there would be registers enough; from 3.9 on ptxas
+# gets --regAllocOptLevel=2 for sm_90, against a fault of its own. A loop that needs nearly all
+# registers has other tiles there, without a spill (cross-compiled, Triton 3.8.0 and 3.9.0,
+# 2026-11-29; not timed): docs/performance.md, "Newer releases of Triton".
+TIGHT = {"sm_90": (3, 8)}
 
 
 class Gpu(NamedTuple):
@@ -20,6 +27,7 @@ class Gpu(NamedTuple):
     arch: str  # as sm_90 or gfx942
     multiprocessors: int
     has_descriptors: bool  # tensor descriptors are a feature of its hardware
+    is_tight: bool = False  # by ``TIGHT``
 
 
 def gpu_at(index: int | None) -> Gpu:
@@ -31,7 +39,8 @@ def gpu_at(index: int | None) -> Gpu:
         arch = properties.gcnArchName.partition(":")[0]
         return Gpu(arch, properties.multi_processor_count, False)
     arch = f"sm_{properties.major}{properties.minor}"
-    return Gpu(arch, properties.multi_processor_count, properties.major >= 9)
+    is_tight = arch in TIGHT and TIGHT[arch] <= TRITON
+    return Gpu(arch, properties.multi_processor_count, properties.major >= 9, is_tight)
 
 
 def cdiv(a: int, b: int) -> int:
