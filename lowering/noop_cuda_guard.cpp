@@ -29,6 +29,9 @@ struct Hooks final : at::CUDAHooksInterface {
   bool hasPrimaryContext(c10::DeviceIndex) const override { return false; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  // A CUDA build asks for it when it chooses an attention; 0 is older than any that serves.
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const override { return 0; }
 };
 
 // torch creates its hooks once and keeps them; their class is the only thing that can be exchanged.

@@ -153,6 +153,17 @@ def test_cuda_graphs_are_skipped_for_a_pool_that_may_move():
     assert module.cudagraph_skips == []
 
 
+def attend(q, mask):
+    return F.scaled_dot_product_attention(q, q, q, mask)
+
+
+def test_attention_with_a_mask_is_generated_without_a_driver():
+    """A CUDA build of torch asks for the version of cuDNN, once in a process."""
+    q, mask = torch.randn(2, 4, 16, 32), torch.ones(2, 1, 16, 16, dtype=torch.bool)
+    (module,) = generate(attend, (q, mask))
+    assert module.launches
+
+
 def test_each_graph_gives_a_module():
     def broken(x):
         y = x.sin()
