@@ -19,10 +19,10 @@ def decode(dtype, K=K, is_kda=False):
     recurrent.recurrent_(*inputs, pool, integers(16), use_qk_l2norm=True)
 
 
-def verify(dtype):
-    table = integers(16, 4)
+def verify(dtype, exact=False):
+    pool, table, accepted = states(65, dtype), integers(16, 4), integers(16)
     inputs = tokens(16, 4)
-    recurrent.recurrent_(*inputs, states(65, dtype), table, integers(16), use_qk_l2norm=True)
+    recurrent.recurrent_(*inputs, pool, table, accepted, use_qk_l2norm=True, exact=exact)
 
 
 def verify_once(dtype, T, is_packed=False):
@@ -118,6 +118,7 @@ CALLS = {
     "decode KDA": lambda: decode(FP32, is_kda=True),
     "decode K=256": lambda: decode(BF16, 256),
     "verify": lambda: verify(BF16),
+    "verify exact": lambda: verify(BF16, exact=True),
     "verify once fp32": lambda: verify_once(FP32, 8),
     "verify once bf16": lambda: verify_once(BF16, 8),
     "verify once packed": lambda: verify_once(BF16, 4, is_packed=True),

@@ -19,10 +19,12 @@ def exact_product(b_x, b_y):
 @triton.jit
 def tree_sum(b_x, BR: tl.constexpr, BK: tl.constexpr):
     """Sum of ``[BR, BK]`` over its last dimension: of neighbours, of neighbouring sums, and on."""
-    n: tl.constexpr = BK.bit_length() - 1
-    for i in tl.static_range(n):
-        b_x = tl.sum(tl.reshape(b_x, [BR, BK >> (i + 1), 2]), 2)
-    return tl.reshape(b_x, [BR])
+    # One reshape: of one before each sum Triton 3.9 makes a layout in which every lane has all.
+    shape: tl.constexpr = [BR] + [2] * (BK.bit_length() - 1)
+    b_x = tl.reshape(b_x, shape)
+    for _ in tl.static_range(BK.bit_length() - 1):
+        b_x = tl.sum(b_x, -1)
+    return b_x
 
 
 @triton.jit
