@@ -112,7 +112,7 @@ def enter_segments(
     carry = CARRY.call(
         {name: tensors[name] for name in chunk_carry.AXES if name != CARRY.output},
         _inductor.contiguous_layout(v, [B, count, HV, V + K, K], torch.float32),
-        [_config(chunk_segments.carry_tiles(tiles.BV, tiles.num_warps, gpu), tiles)],
+        [_config(chunk_segments.carry_tiles(tiles.BV, gpu), tiles)],
         call_sizes=[B * count, HV, K, V],
         generators=generators,
         BN=chunk_segments.BN,

@@ -85,9 +85,9 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def carry_tiles(BV: int, num_warps: int, gpu: Gpu) -> Tiles:
-    """Those of the scan, which has ``BV`` and ``num_warps``, with less shared memory."""
-    return Tiles(BV, num_warps, 3 if gpu.has_descriptors else 2)
+def carry_tiles(BV: int, gpu: Gpu) -> Tiles:
+    """Rows as in the scan, which has ``BV``, with less shared memory and no store to make late."""
+    return Tiles(BV, 4, 3 if gpu.has_descriptors else 2)
 
 
 def chain_tiles(gpu: Gpu) -> Tiles:
@@ -127,7 +127,7 @@ def enter_segments(
     places = split.places(T, B, tiles.BT, None if cu_seqlens is None else N)
     carry = torch.empty((B, places, HV, V + K, K), dtype=torch.float32, device=k.device)
     states = torch.empty((B, places, HV, V, K), dtype=torch.float32, device=k.device)
-    carry_tile = carry_tiles(tiles.BV, tiles.num_warps, gpu)
+    carry_tile = carry_tiles(tiles.BV, gpu)
     chain_tile = chain_tiles(gpu)
     sizes = {
         "BT": tiles.BT,
