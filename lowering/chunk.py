@@ -141,7 +141,7 @@ def _call(
     own = SCAN.call(
         {name: tensors[name] for name in chunk_scan.AXES if name in tensors},
         _inductor.contiguous_layout(v, shape, dtype),
-        _scan_configs(tiles, dtype, gpu, is_late),
+        _scan_configs(tiles, dtype, is_late),
         mutated=mutated,
         aliases={"final_state": "state"} if in_place else None,
         call_sizes=[sequences, HV, V],
@@ -155,6 +155,7 @@ def _call(
         HAS_INITIAL_STATE=tensors["has_initial_state"] is not None,
         IS_POOL=in_place,
         USE_DESCRIPTOR_STORE=is_late,
+        STORES_FIRST=gpu.is_tight,
         INDEX="tl.int32" if _inductor.is_known(B * T * HV * V < 2**31) else "tl.int64",
         BN=BN,
         **constants,
@@ -243,16 +244,13 @@ def prepare_config(
     return Config.of(choice.pop("num_warps"), 1, **sizes, **choice)
 
 
-def _scan_configs(
-    tiles: kernels.Tiles, dtype: torch.dtype, gpu: Gpu, is_late: bool
-) -> list[Config]:
+def _scan_configs(tiles: kernels.Tiles, dtype: torch.dtype, is_late: bool) -> list[Config]:
     choices = [(tiles.BV, tiles.num_warps, tiles.num_stages)]
     # Of float32 and of long keys no others fit.
     if _inductor.may_autotune() and dtype != torch.float32 and tiles.BK <= 128:
         others = [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3)]
         if is_late:
-            # Of 32 rows it spills with Triton 3.6.0.
-            others = [] if gpu.is_tight else [(64, 4, 3)]
+            others = [(64, 4, 3)]  # of 32 rows it spills with Triton 3.6.0
         choices += [c for c in others if c[0] <= tiles.BV and c not in choices]
     sizes = {"BT": tiles.BT, "BK": tiles.BK}
     return [Config.of(warps, stages, BV=BV, **sizes) for BV, warps, stages in choices]

@@ -21,7 +21,6 @@ from launches_to_compile import KERNELS, LAYERS, Compiler
 
 from benchmarks.static.launches import Launch, record
 from gdn_ops.kernels import chunk
-from gdn_ops.kernels.configs import TIGHT, TRITON, Gpu
 from lowering import _inductor
 from lowering import causal_conv1d as lowered_conv
 from lowering import chunk as lowered_chunk
@@ -99,11 +98,9 @@ def _configs(launch):
         if launch.kernel == "scan":
             BT, BK, BV = (launch.args[name] for name in ("BT", "BK", "BV"))
             late = chunk.Tiles(BT, BK, BV, launch.num_warps, launch.num_stages)
-            gpu = Gpu("sm_90", 132, True, TIGHT["sm_90"] <= TRITON)
-            found = lowered_chunk._scan_configs(late, BF16, gpu, is_late=True)
+            found = lowered_chunk._scan_configs(late, BF16, is_late=True)
             # And those where something is fused into the output.
-            plain = chunk.Tiles(BT, BK, 64, 4, 2)
-            for config in lowered_chunk._scan_configs(plain, BF16, gpu, is_late=False):
+            for config in lowered_chunk._scan_configs(chunk.Tiles(BT, BK, 64, 4, 2), BF16, False):
                 found.append(replace(config, tiles=(*config.tiles, FUSED)))
             return found
         if launch.kernel == "prepare":

@@ -67,8 +67,8 @@ def pick(
         return Tiles(64, BK, 32, 8, 2) if gpu.is_tight else Tiles(64, BK, BV, 4 if is_amd else 8, 1)
     # A program that has a multiprocessor for itself has its memory too, since sm_90 enough.
     if heads * cdiv(V, BV) <= gpu.multiprocessors and gpu.has_descriptors:
-        return Tiles(64, BK, BV, 8 if gpu.is_tight and BV == 64 else 4, 3)
-    if use_descriptors and not gpu.is_tight and gpu.arch == "sm_90" and BK >= 64 and V > 64:
+        return Tiles(64, BK, BV, 4, 3)
+    if use_descriptors and gpu.arch == "sm_90" and BK >= 64 and V > 64:
         return Tiles(64, BK, 128, 8, 3)
     # On gfx942 two stages are 34 spills in the loop with Triton 3.6.0, with 3.7.1 none.
     return Tiles(64, BK, BV, 4, 1 if is_amd else 2)
@@ -324,6 +324,7 @@ def _launch(
         IS_POOL=is_pool,
         IS_VARLEN=is_packed,
         USE_DESCRIPTOR_STORE=is_late,
+        STORES_FIRST=gpu.is_tight,
         INDEX=tl.int32 if o.numel() < 2**31 else tl.int64,
         BT=tiles.BT,
         BK=tiles.BK,

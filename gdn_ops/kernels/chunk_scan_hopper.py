@@ -260,6 +260,7 @@ def scan_hopper_kernel(
     USE_QK_L2NORM: gl.constexpr,
     USE_DESCRIPTORS: gl.constexpr,
     USE_DESCRIPTOR_STORE: gl.constexpr,
+    STORES_FIRST: gl.constexpr,
     INDEX: gl.constexpr,
     DOT: gl.constexpr,
     PRECISION: gl.constexpr,

@@ -16,8 +16,8 @@ PREPARE_WARPS = {"sm_100": 8}
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 # From which Triton on its assembler spills where there would be registers enough; from 3.9 on ptxas
 # gets --regAllocOptLevel=2 for sm_90, against a fault of its own. A loop that needs nearly all
-# registers has other tiles there, without a spill (cross-compiled, Triton 3.8.0 and 3.9.0,
-# 2026-11-29; not timed): docs/performance.md, "Newer releases of Triton".
+# registers has other tiles or another order there, without a spill (cross-compiled, Triton 3.8.0
+# and 3.9.0, 2026-11-29; not timed): docs/performance.md, "Newer releases of Triton".
 TIGHT = {"sm_90": (3, 8)}
 
 

@@ -15,7 +15,7 @@ from tolerance import (
 )
 
 import gdn_ops
-from gdn_ops.kernels import chunk
+from gdn_ops.kernels import chunk, configs
 from lowering.fake_gpu import generate
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -25,17 +25,21 @@ DTYPE = torch.bfloat16
 OPERANDS = operands_of(gdn_ops.chunk, DTYPE)
 
 
-def _run(function, args, rows=16):
+def _run(function, args, rows=16, **flags):
     """What the generated module returns, once its scan is that of this form and so many rows."""
     (module,) = generate(function, args)
-    for name, value in (("USE_DESCRIPTOR_STORE", "True"), ("BV", str(rows))):
-        assert re.findall(rf"{name} : tl\.constexpr = (\w+)", module.code) == [value]
+    for name, value in {"USE_DESCRIPTOR_STORE": True, "BV": rows, **flags}.items():
+        assert re.findall(rf"{name} : tl\.constexpr = (\w+)", module.code) == [str(value)]
     return run(module.code, [x for x in module.inputs if x is not None])
 
 
+@pytest.mark.parametrize("is_tight", [False, True], ids=["decays first", "store first"])
 @pytest.mark.parametrize("lengths", [None, (3, 0, 70, 1)], ids=["batch", "packed"])
-def test_the_output_and_what_reads_it_are_as_accurate_as_the_plain_loop(lengths):
+def test_the_output_and_what_reads_it_are_as_accurate_as_the_plain_loop(
+    lengths, is_tight, monkeypatch
+):
     """The reader is a norm, which waits for a reduction of the output."""
+    monkeypatch.setattr(configs, "TIGHT", {"sm_90": (0, 0)} if is_tight else {})
     tokens = make_inputs(*((2, 67) if lengths is None else (1, 80)), H, HV, K, V, DTYPE)
     bounds = None if lengths is None else cu_seqlens(lengths)
     state = make_state(2 if lengths is None else len(lengths), HV, V, K)
@@ -45,7 +49,7 @@ def test_the_output_and_what_reads_it_are_as_accurate_as_the_plain_loop(lengths)
         return o, final, torch.nn.functional.rms_norm(o.float(), (V,), eps=1e-6)
 
     args = (*tokens, state, bounds)
-    o, final, normed = _run(layer, args)
+    o, final, normed = _run(layer, args, STORES_FIRST=is_tight)
     found = witnesses(oracle.delta_rule, *args, use_qk_l2norm=True, operands=OPERANDS)
     assert_all_as_accurate_as_plain((o, final), *found, terms=K)
     twins = (o.double(), o.float())
