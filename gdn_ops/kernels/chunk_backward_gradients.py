@@ -211,10 +211,9 @@ def chunk_gradients_kernel(
         # Of the first value head: those of the others are the same.
         p_rows = G + (i_place.to(tl.int64) * HV + i_h * R) * (ROWS * BT) + o_i
         b_row = tl.load(p_rows, m_t, 0.0) * 1.4426950408889634
-        b_q_scale = m_t.to(tl.float32)
-        b_k_scale = m_t.to(tl.float32)
-        b_q_scale *= scale_of_rows(tl.load(p_rows + BT, m_t, 0.0), b_row)
-        b_k_scale *= scale_of_rows(tl.load(p_rows + 2 * BT, m_t, 0.0), b_row)
+        b_valid = m_t.to(tl.float32)
+        b_q_scale = b_valid * scale_of_rows(tl.load(p_rows + BT, m_t, 0.0), b_row)
+        b_k_scale = b_valid * scale_of_rows(tl.load(p_rows + 2 * BT, m_t, 0.0), b_row)
     m_pairs = o_i[:, None] >= o_i[None, :]
     m_lower = o_i[:, None] > o_i[None, :]
 

@@ -59,6 +59,12 @@ SIZES = {"T": "q_t", "B": "segment_states_b"}
 
 
 @triton.jit
+def late_output(b_o, b_rise, b_p, scale: tl.constexpr):
+    """The output of a chunk ``[BT, BV]``, of both its products and the decays of the first."""
+    return tl.trans((b_o * b_rise[None, :] + b_p) * scale)
+
+
+@triton.jit
 def scan_kernel(
     q,
     k,
@@ -261,7 +267,7 @@ def scan_kernel(
             # Before the first chunk nothing is stored: past the end.
             i_before = tl.where(i_t > 0, i_t - BT, places)
             if STORES_FIRST:
-                b_out = tl.trans((b_o * b_rise[None, :] + b_p) * scale)
+                b_out = late_output(b_o, b_rise, b_p, scale)
                 d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
         if STORES_FIRST or not USE_DESCRIPTOR_STORE:
             b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION)
@@ -285,7 +291,7 @@ def scan_kernel(
         b_decay = b_decay.to(tl.float32)
         if USE_DESCRIPTOR_STORE:
             if not STORES_FIRST:
-                b_out = tl.trans((b_o * b_rise[None, :] + b_p) * scale)
+                b_out = late_output(b_o, b_rise, b_p, scale)
                 b_o = tl.dot(b_Sd, tl.trans(b_q).to(DOT), input_precision=PRECISION)
                 d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
             b_rise = b_decay
@@ -311,7 +317,7 @@ def scan_kernel(
                 (o_t < length)[:, None] & (o_v < V)[None, :],
             )
     if USE_DESCRIPTOR_STORE:
-        b_out = tl.trans((b_o * b_rise[None, :] + b_p) * scale)
+        b_out = late_output(b_o, b_rise, b_p, scale)
         i_before = tl.where(length > 0, places - BT, places)
         d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
 
