@@ -13,7 +13,7 @@ from gdn_ops.kernels import (
     chunk_backward_reverse,
 )
 from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backward, rows_of_heads
-from gdn_ops.kernels.configs import gpu_at
+from gdn_ops.kernels.configs import Gpu, gpu_at
 
 from . import _inductor
 from ._inductor import IRNode
@@ -82,12 +82,11 @@ def _head_major(beta: IRNode) -> IRNode:
     return _inductor.realize(_inductor.lowered(aten.permute.default, rows, [0, 2, 1]))
 
 
-def _use_descriptors(*tensors: IRNode) -> bool:
+def _use_descriptors(gpu: Gpu, *tensors: IRNode) -> bool:
     """Whether tokens may be read by tensor descriptors."""
-    has_descriptors = gpu_at(_inductor.device(tensors[0]).index or 0).has_descriptors
     steps = [step for x in tensors for step in x.get_stride()]
     return (
-        has_descriptors
+        gpu.has_descriptors
         and tensors[0].get_dtype() != torch.float32
         and not any(_inductor.is_known(sympy.Eq(step, 0)) for step in steps)
         and all(_fits_descriptor(x) for x in tensors)
@@ -220,7 +219,8 @@ def lower(
 
     states = call.new(call.places, call.HV, call.V, call.K)
     call.use_descriptors = _use_descriptors(
-        *(x for x in call.named("q", "k", "v", "do", states=states).values() if x is not None)
+        call.gpu,
+        *(x for x in call.named("q", "k", "v", "do", states=states).values() if x is not None),
     )
     if call.use_descriptors and beta is not None:
         inputs["beta"] = _head_major(beta)

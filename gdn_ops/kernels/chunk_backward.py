@@ -103,12 +103,12 @@ def _head_major(beta: Tensor) -> Tensor:
     return rows.copy_(beta)
 
 
-def _use_descriptors(*tensors: Tensor) -> bool:
+def _use_descriptors(gpu: Gpu, *tensors: Tensor) -> bool:
     """Whether tokens may be read and written by tensor descriptors."""
-    has_descriptors = chunk._gpu_at(tensors[0].device.index).has_descriptors
     is_expanded = any(0 in x.stride() for x in tensors)
     is_reduced = tensors[0].dtype != torch.float32
-    return has_descriptors and is_reduced and not is_expanded and chunk._fits_descriptor(*tensors)
+    may_be_used = gpu.has_descriptors and is_reduced and not is_expanded
+    return may_be_used and chunk._fits_descriptor(*tensors)
 
 
 def chunk_backward(
@@ -144,7 +144,7 @@ def chunk_backward(
     dq, dk, dv, dg, dbeta, dinitial_state = (
         _new_gradient(x, q) for x in (q, k, v, g, beta, initial_state)
     )
-    use_descriptors = _use_descriptors(q, k, v, do, states)
+    use_descriptors = _use_descriptors(gpu, q, k, v, do, states)
     if use_descriptors:
         triton.set_allocator(new_scratch)
         beta = None if beta is None else _head_major(beta)
