@@ -1,13 +1,12 @@
 """Calls of the operators on tensors without memory, whose kernels are compiled for any GPU."""
 
-from unittest import mock
-
 import torch
 from launches_to_compile import HV, H, K, V, integers, new, states, tokens
 
+from benchmarks.static.calls import plainly
 from gdn_ops.kernels import causal_conv1d as conv
 from gdn_ops.kernels import causal_conv1d_backward as conv_backward
-from gdn_ops.kernels import chunk, chunk_backward, chunk_hopper, recurrent
+from gdn_ops.kernels import chunk, chunk_backward, recurrent
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 D, W = 8192, 4
@@ -45,12 +44,6 @@ def packed_pool(dtype):
 def prefill(B, dtype=BF16, K=K, l2norm=True):
     initial = states(B, FP32, K)
     chunk.chunk(*tokens(B, 1000, dtype, K), initial, use_qk_l2norm=l2norm)
-
-
-def plainly(call):
-    """By the plain scan, as layers that are compiled and other versions of Triton have it."""
-    with mock.patch.object(chunk_hopper, "has_gluon", return_value=False):
-        call()
 
 
 def prefill_pool():
