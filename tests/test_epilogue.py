@@ -10,7 +10,7 @@ from launches_to_compile import new
 from torch.nn import functional as F
 
 import gdn_ops
-from gdn_ops.kernels.configs import TIGHT, TRITON
+from gdn_ops.kernels.configs import is_tight
 from lowering import epilogue
 from lowering.fake_gpu import generate
 
@@ -149,17 +149,13 @@ def test_prefill_into_a_pool_of_any_length_is_stored_by_a_descriptor(is_packed):
     assert [x for x in module.inputs if isinstance(x, int)] == [T]
 
 
-# The Triton at hand needs more registers for sm_90, and has other tiles.
-IS_TIGHT = TIGHT["sm_90"] <= TRITON
-
-
 @pytest.mark.parametrize(
     ("shape", "arch", "tiles", "is_late"),
     [
         ({"K": 128, "V": 128, "HV": 32}, "sm_90", (64, 4, 3), True),
         ({"K": 128, "V": 128, "HV": 32, "B": 16}, "sm_90", (128, 8, 3), True),
         ({"K": 32}, "sm_90", (16, 4, 3), True),
-        ({"K": 256}, "sm_90", (32, 8, 2) if IS_TIGHT else (64, 8, 1), False),
+        ({"K": 256}, "sm_90", (32, 8, 2) if is_tight("sm_90") else (64, 8, 1), False),
         ({"V": 60}, "sm_90", (64, 4, 3), False),
         ({"dtype": torch.float32}, "sm_90", (32, 8, 1), False),
         ({}, "sm_80", (64, 4, 2), False),

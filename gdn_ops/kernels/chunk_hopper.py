@@ -2,19 +2,17 @@
 
 from typing import Any
 
-import triton
-
 from .chunk_scan import scan_kernel
-from .configs import Gpu
+from .configs import TRITON, Gpu
 
 # Those of Triton whose Gluon compiles the kernel without a spill, 3.6.0 and 3.7.1 (cross-compiled,
 # 2026-11-29; on an H200 it ran with 3.6.0). Gluon is experimental: another version is not tried.
-GLUON = ("3.6", "3.7")
+GLUON = ((3, 6), (3, 7))
 
 
 def has_gluon() -> bool:
     """Whether the Triton at hand is one of ``GLUON``."""
-    return ".".join(triton.__version__.split(".")[:2]) in GLUON
+    return TRITON in GLUON
 
 
 def pick_scan(

@@ -13,6 +13,8 @@ SCAN_BV = {"sm_100": 32, "gfx942": 32}
 # Warps of prepare with several heads, where they are not 4: with 4 a thread spills on sm_100, 22
 # times, with 8 never; with one head it is the other way round (cross-compiled, Triton 3.7.1).
 PREPARE_WARPS = {"sm_100": 8}
+
+# The release of Triton at hand, as (3, 6).
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 # From which Triton on its assembler spills where there would be registers enough; from 3.9 on ptxas
 # gets --regAllocOptLevel=2 for sm_90, against a fault of its own. A loop that needs nearly all
@@ -30,6 +32,11 @@ class Gpu(NamedTuple):
     is_tight: bool = False  # by ``TIGHT``
 
 
+def is_tight(arch: str) -> bool:
+    """Whether the Triton at hand is one of ``TIGHT``."""
+    return arch in TIGHT and TIGHT[arch] <= TRITON
+
+
 def gpu_at(index: int | None) -> Gpu:
     """The GPU of this index; None is the interpreter."""
     if index is None:
@@ -39,8 +46,7 @@ def gpu_at(index: int | None) -> Gpu:
         arch = properties.gcnArchName.partition(":")[0]
         return Gpu(arch, properties.multi_processor_count, False)
     arch = f"sm_{properties.major}{properties.minor}"
-    is_tight = arch in TIGHT and TIGHT[arch] <= TRITON
-    return Gpu(arch, properties.multi_processor_count, properties.major >= 9, is_tight)
+    return Gpu(arch, properties.multi_processor_count, properties.major >= 9, is_tight(arch))
 
 
 def cdiv(a: int, b: int) -> int:
