@@ -19,10 +19,12 @@ _SCHEMA = (
 )
 
 
-def register_functional(name: str, start: StartScan, kernels: str | None = None) -> None:
+def register_functional(
+    name: str, start: StartScan, kernels: str | None = None, cpu: str | None = None
+) -> None:
     """Define ``torch.ops.gdn.<name>`` by the scan that computes it, and by its kernels."""
     register_operator(
-        name + _SCHEMA, _reference(name, start), _fake(name), kernels, _check_data(name)
+        name + _SCHEMA, _reference(name, start), _fake(name), kernels, _check_data(name), cpu=cpu
     )
 
 

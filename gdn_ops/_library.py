@@ -40,6 +40,7 @@ def register_operator(
     kernels: str | None = None,
     check_data: Callable[..., None] | None = None,
     function: str | None = None,
+    cpu: str | None = None,
 ) -> None:
     """Define ``torch.ops.gdn.<name>`` from its schema, its eager implementation and its fake.
 
@@ -50,6 +51,7 @@ def register_operator(
         kernels: The module of ``gdn_ops.kernels`` that launches it on CUDA. Default: none.
         check_data: Called with the arguments before a launch: the checks of ``GDN_DEBUG=1``.
         function: Name of the launching function. Default: that of the operator.
+        cpu: The module of ``gdn_ops.cpu`` that calls it in C on a CPU. Default: none.
     """
     _LIBRARY.define(schema, tags=_TAGS)
     name = schema.partition("(")[0]
@@ -59,6 +61,8 @@ def register_operator(
         on_gpu = _with_kernels(name, reference, fake, kernels, check_data, function or name)
         _LIBRARY.impl(name, on_gpu, "CUDA")
         KERNELS[name] = on_gpu
+    if cpu is not None:
+        _LIBRARY.impl(name, _in_c(name, reference, fake, cpu, check_data), "CPU")
 
 
 # Implementations for CUDA by operator name; the tests run them in Triton's interpreter.
@@ -115,6 +119,42 @@ def _with_kernels(
     return on_gpu
 
 
+def _in_c(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    module: str,
+    check_data: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    """The operator in C, or in plain PyTorch where that cannot serve a call."""
+
+    plans = Plans()
+
+    def on_cpu(*args: Any, **keywords: Any) -> Any:
+        if _is_set(_PLAIN):
+            return reference(*args, **keywords)
+        match, plan = plans.recent
+        found = match(args, keywords)
+        if found is None:
+            plan, found = plans.find(args, keywords)
+        if plan is None:
+            fake(*args, **keywords)  # raises what the operator raises; its outputs are dropped
+            kernels = importlib.import_module(f"{__package__}.cpu.{module}")
+            reason = kernels.supports(name, args, keywords)
+            if reason is not None:
+                _say_once(f"{name}: runs in plain PyTorch: {reason}")
+                return reference(*args, **keywords)
+            plans.add(args, keywords, kernels.Plan(name, args, keywords))
+            plan, found = plans.find(args, keywords)
+        if check_data is not None and debug():
+            check_data(*args, **keywords)
+        result = plan(*found)
+        # A slot outside the pool: the reference says which.
+        return reference(*args, **keywords) if result is None else result
+
+    return on_cpu
+
+
 def _current_device(device: torch.device) -> Any:
     """A context in which kernels are launched on ``device``."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -137,14 +177,20 @@ def _say_once(message: str) -> None:
 # os.environ.get takes 0.7 us to say that a variable is not set, the dictionary beneath 0.1: a
 # launch from Python should not take 10.
 _ENVIRONMENT: Any = getattr(os.environ, "_data", None)
-_DEBUG, _ON = os.environ.encodekey("GDN_DEBUG"), os.environ.encodevalue("1")
+_DEBUG, _PLAIN = "GDN_DEBUG", "GDN_PLAIN_CPU"
+_KEYS, _ON = {x: os.environ.encodekey(x) for x in (_DEBUG, _PLAIN)}, os.environ.encodevalue("1")
+
+
+def _is_set(name: str) -> bool:
+    """Whether an environment variable of ``_KEYS`` is 1."""
+    if _ENVIRONMENT is None:
+        return os.environ.get(name) == "1"
+    return bool(_ENVIRONMENT.get(_KEYS[name]) == _ON)
 
 
 def debug() -> bool:
     """Whether ``GDN_DEBUG=1`` asks for the checks that read data."""
-    if _ENVIRONMENT is None:
-        return os.environ.get("GDN_DEBUG") == "1"
-    return bool(_ENVIRONMENT.get(_DEBUG) == _ON)
+    return _is_set(_DEBUG)
 
 
 def switch_on_lowering(fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -353,7 +353,7 @@ def _check_data_(
     check_update_data("recurrent_", q, state, state_indices, cu_seqlens, null_index, *slots)
 
 
-register_functional("recurrent", _start_scan, kernels="recurrent")
+register_functional("recurrent", _start_scan, kernels="recurrent", cpu="recurrent")
 register_backward("recurrent")
 register_operator(
     "recurrent_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, "
@@ -364,4 +364,5 @@ register_operator(
     _fake_,
     kernels="recurrent",
     check_data=_check_data_,
+    cpu="recurrent",
 )

@@ -14,13 +14,7 @@ from unittest import mock
 import sympy  # type: ignore[import-untyped]  # it has no stubs
 import torch
 from torch._inductor import config, ir, lowering
-from torch._inductor.lowering import (
-    empty_strided,
-    fallback_handler,
-    fallbacks,
-    lowerings,
-    register_lowering,
-)
+from torch._inductor.lowering import fallback_handler, fallbacks, lowerings, register_lowering
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -58,6 +52,11 @@ def eager_call(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> 
 def lowered(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
     """What Inductor itself makes of an operator."""
     return lowerings[operator](*args, **keywords)
+
+
+def is_packaged() -> bool:
+    """Whether the code is for AOTInductor, and runs without Python."""
+    return bool(V.graph.aot_mode)
 
 
 def is_opaque(operator: Any) -> bool:
@@ -128,7 +127,7 @@ def contiguous_layout(like: IRNode, size: Sequence[Any], dtype: torch.dtype) -> 
 
 def new_buffer(like: IRNode, size: Sequence[Any], dtype: torch.dtype) -> IRNode:
     """Memory that a template fills beside its main output."""
-    return realize(empty_strided(list(size), None, dtype=dtype, device=like.get_device()))
+    return realize(lowering.empty_strided(list(size), None, dtype=dtype, device=like.get_device()))
 
 
 def as_result(node: IRNode) -> Any:

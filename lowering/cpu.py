@@ -1,15 +1,14 @@
 """Decode on a CPU: one token of ``recurrent_``, ``recurrent`` and ``causal_conv1d_`` inlined.
 
-There are no kernels for a CPU, and an opaque call of the operator spends most of a small decode
-step in Python. One token is pointwise work and sums, for which Inductor writes C++: so these rules
-hand it the formula, made of Inductor's own lowerings of ``torch.ops.aten``.
+An opaque call of an operator costs Python, and one token is pointwise work and sums, for which
+Inductor writes C++: so these rules hand it the formula, made of Inductor's own lowerings of
+``torch.ops.aten``. For large states the two that update them stay calls of gdn_ops/cpu/recurrent.c,
+which goes through a state once; where there is no compiler for it they are inlined at every size.
 
-That is so at every size that was measured (benchmarks/compiled_cpu.py; one thread of an AMD EPYC,
-torch 2.13, 2026-11-24), hence no limit of size here. Inlined against opaque: ``recurrent_`` takes
-57 instead of 508 us at (B, H, HV, K, V) = (1, 2, 4, 32, 64), 0.17 instead of 0.77 ms at
-(1, 16, 32, 128, 128), 3.5 instead of 7.4 ms at B = 16 and 12 instead of 26 ms at B = 64;
-``causal_conv1d_`` 46 instead of 339, 105 instead of 494 us, 0.9 instead of 1.6, 4.2 instead of
-6.7 ms.
+Inlined against the call in C, us (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-30), at
+(B, H, HV, K, V): (1, 2, 4, 32, 64) 72 / 117, (1, 16, 32, 128, 128) 325 / 216, with B = 16 4300 /
+3100, and with new states 71 / 135, 330 / 261, 26500 / 8700. ``causal_conv1d_`` is inlined at every
+size: 46 instead of 339 us, 105 instead of 494, 0.9 instead of 1.6 ms (2026-11-24).
 
 Everything else stays an opaque call:
 
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from gdn_ops._checks import arithmetic_dtype
+from gdn_ops.cpu.build import load
 
 from . import _inductor
 from ._inductor import IRNode, Unsupported
@@ -76,6 +76,24 @@ def _supports(
         raise Unsupported("on a CPU no call with padding rows is inlined")
     if state is not None and not _inductor.is_known(state.get_size()[0] >= B):
         raise Unsupported("whether the pool has B slots is not known before the call")
+
+
+# Numbers of the states up to which a step is inlined: a call takes 35 us in a compiled model, and
+# saves 0.3 us for each thousand.
+_MOST_INLINED = 1 << 17
+
+
+def _leave_to_c(q: IRNode, v: IRNode) -> None:
+    """Raise for a step that is faster in C.
+
+    Raises:
+        Unsupported: the states are large, or may be.
+    """
+    if _inductor.is_packaged() or isinstance(load("recurrent"), str):
+        return
+    numbers = q.get_size()[0] * q.get_size()[3] * v.get_size()[2] * v.get_size()[3]
+    if not _inductor.is_known(numbers <= _MOST_INLINED):
+        raise Unsupported("its states are large, for which the call in C is faster")
 
 
 def _refuse_mixed(*tensors: IRNode | None) -> None:
@@ -148,6 +166,7 @@ def lower_recurrent(
 ) -> Any:
     """``gdn::recurrent``."""
     _supports(q, {"cu_seqlens": cu_seqlens}, None, -1)
+    _leave_to_c(q, v)
     _refuse_mixed(q, initial_state)
     o, written = _delta_step(q, k, v, g, beta, initial_state, scale, use_qk_l2norm)
     dtype = torch.float32 if initial_state is None else initial_state.get_dtype()
@@ -178,6 +197,7 @@ def lower_recurrent_(
     opaque = {"state_indices": state_indices, "num_accepted_tokens": num_accepted_tokens}
     opaque |= {"cu_seqlens": cu_seqlens, "read_indices": read_indices}
     _supports(q, opaque, state, null_index)
+    _leave_to_c(q, v)
     _refuse_mixed(q, state)
     rows = _narrow(state, 0, 0, q.get_size()[0])
     o, written = _delta_step(q, k, v, g, beta, rows, scale, use_qk_l2norm)

@@ -24,7 +24,7 @@ if KERNELS_ARE_INTERPRETED:
 
     _on_cpu = torch.library.Library("gdn", "IMPL")
     for _name, _kernel in _library.KERNELS.items():
-        _on_cpu.impl(_name, _kernel, "CPU")
+        _on_cpu.impl(_name, _kernel, "CPU", allow_override=True)
 
 GPU_IS_REQUIRED = os.environ.get("GDN_REQUIRE_GPU") == "1"
 
@@ -47,6 +47,19 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.fail("GDN_REQUIRE_GPU=1, and torch finds no GPU")
     return request.param
+
+
+@pytest.fixture(scope="module", params=["kernels"] if KERNELS_ARE_INTERPRETED else ["C", "PyTorch"])
+def form(request, device):
+    """On a CPU an operator in C, and what serves a call that the C does not, or has no compiler."""
+    if request.param != "PyTorch":
+        yield request.param
+        return
+    if device != "cpu":
+        pytest.skip("a GPU has neither form")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GDN_PLAIN_CPU", "1")
+        yield request.param
 
 
 @pytest.fixture

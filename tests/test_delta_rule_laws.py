@@ -11,6 +11,8 @@ from tolerance import assert_all_equal_up_to_rounding, assert_bitwise_equal, wit
 
 import gdn_ops
 
+pytestmark = pytest.mark.usefixtures("form")
+
 H, HV, K, V = 2, 4, 16, 24
 LENGTHS = (3, 0, 40, 1, 66)
 

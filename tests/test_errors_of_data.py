@@ -6,6 +6,8 @@ from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_stat
 
 import gdn_ops
 
+pytestmark = pytest.mark.usefixtures("form")
+
 H, HV, K, V, D, W = 2, 4, 8, 6, 12, 4
 SLOTS = 7
 OPERATORS = ("chunk", "recurrent", "chunk_", "recurrent_", "causal_conv1d", "causal_conv1d_")

@@ -15,6 +15,8 @@ from tolerance import (
 
 import gdn_ops
 
+pytestmark = pytest.mark.usefixtures("form")
+
 H, HV, K, V = 2, 4, 16, 24
 SLOTS = 7
 LENGTHS = (3, 0, 40, 1, 66)

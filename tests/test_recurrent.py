@@ -9,6 +9,8 @@ from tolerance import assert_bitwise_equal
 
 from gdn_ops import recurrent
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -15,6 +15,8 @@ from tolerance import (
 
 from gdn_ops import recurrent_
 
+pytestmark = pytest.mark.usefixtures("form")
+
 H, HV, K, V = 2, 4, 16, 24
 
 

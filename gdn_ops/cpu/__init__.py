@@ -1,0 +1,1 @@
+"""The operators for a CPU in C, one file each, built where they are first called (build.py)."""
