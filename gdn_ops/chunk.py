@@ -259,7 +259,7 @@ def _check_data_(
     check_update_data("chunk_", q, *slots)
 
 
-register_functional("chunk", _start_scan, kernels="chunk")
+register_functional("chunk", _start_scan, kernels="chunk", cpu="recurrent")
 register_backward("chunk")
 register_operator(
     "chunk_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor(a!) state, "
@@ -270,4 +270,5 @@ register_operator(
     _fake_,
     kernels="chunk",
     check_data=_check_data_,
+    cpu="recurrent",
 )

@@ -16,6 +16,8 @@ from tolerance import (
 
 from gdn_ops import chunk, recurrent
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -58,8 +58,8 @@ _FIELDS = {
 
 
 def structure(name: str, of: str) -> Any:
-    """The structure ``of`` of ``<name>.c``, as its source declares it."""
-    source = (_FOLDER / f"{name}.c").read_text()
+    """The structure ``of`` of ``<name>.h``, as it is declared there."""
+    source = (_FOLDER / f"{name}.h").read_text()
     source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
     bodies = re.findall(r"typedef struct \{([^}]*)\} (\w+);", source)
     body = next(body for body, declared in bodies if declared == of)
@@ -68,7 +68,7 @@ def structure(name: str, of: str) -> Any:
         for kind, fields in re.findall(r"(void \*|int64_t|int32_t|float)([^;]+);", body)
         for field in fields.split(",")
     ]
-    return type(of, (ctypes.Structure,), {"_fields_": fields, "__doc__": f"{of} of {name}.c."})
+    return type(of, (ctypes.Structure,), {"_fields_": fields, "__doc__": f"{of} of {name}.h."})
 
 
 def _cache_folder() -> Path:
@@ -91,7 +91,8 @@ def _digest(source: Path, compiler: str) -> str:
         keys = ("model name", "flags", "Features", "CPU part")
         processor += "".join(sorted({line for line in lines if line.startswith(keys)}))
     real = Path(compiler).resolve()
-    parts = (source.read_text(), repr(_FLAGS), str(real), real.stat().st_mtime, processor)
+    headers = [header.read_text() for header in sorted(source.parent.glob(f"{source.stem}*.h"))]
+    parts = (source.read_text(), headers, repr(_FLAGS), str(real), real.stat().st_mtime, processor)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

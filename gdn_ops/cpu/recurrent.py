@@ -1,4 +1,7 @@
-"""Calling recurrent.c: ``torch.ops.gdn.recurrent`` and ``recurrent_`` on a CPU."""
+"""Calling recurrent.c: ``recurrent``, ``chunk``, ``recurrent_`` and ``chunk_`` on a CPU.
+
+``chunk`` is the same function, and on a CPU no faster as matrix products: see recurrent_tile.h.
+"""
 
 import ctypes
 from collections.abc import Sequence
@@ -15,13 +18,14 @@ _TYPES = {dtype: i for i, dtype in enumerate(_DTYPES)}
 _NUMBERS_PER_THREAD = 1 << 15
 _SLOT_OUTSIDE, _NO_MEMORY = 1, 2
 
-Call = structure("recurrent", "Call")
+Call = structure("recurrent_call", "Call")
+_FUNCTIONAL = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens")
+_ON_A_POOL = ("q", "k", "v", "g", "beta", "state", "state_indices")
 _ARGUMENTS = {
-    "recurrent": ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens"),
-    "recurrent_": (
-        *("q", "k", "v", "g", "beta", "state", "state_indices"),
-        *("num_accepted_tokens", "cu_seqlens", "read_indices"),
-    ),
+    "recurrent": _FUNCTIONAL,
+    "chunk": _FUNCTIONAL,
+    "recurrent_": (*_ON_A_POOL, "num_accepted_tokens", "cu_seqlens", "read_indices"),
+    "chunk_": (*_ON_A_POOL, "has_initial_state", "cu_seqlens", "read_indices"),
 }
 
 
@@ -47,7 +51,10 @@ class Plan:
         """Of a checked call, which ``supports`` serves."""
         tensors = dict(zip(_ARGUMENTS[name], args, strict=False))
         self._names = [key for key, x in tensors.items() if x is not None]
-        self._call = call = _call(tensors, keywords, is_functional=name == "recurrent")
+        self._call = call = _call(tensors, keywords)
+        call.is_functional = _ARGUMENTS[name] is _FUNCTIONAL
+        call.has_tiles = name in ("chunk", "chunk_")
+        _set_states(call, tensors)
         self._o: Any = ((call.B, call.T, call.HV, call.V), _DTYPES[call.token_type])
         self._states: Any = ((call.N, call.HV, call.V, call.K), _DTYPES[call.state_type])
         # A token of no sequence, or of padding, is not written.
@@ -80,11 +87,11 @@ class Plan:
         return (o, final_state) if call.is_functional else o
 
 
-def _call(tensors: dict[str, Any], keywords: dict[str, Any], is_functional: bool) -> Any:
-    """The structure without addresses."""
+def _call(tensors: dict[str, Any], keywords: dict[str, Any]) -> Any:
+    """The structure without addresses, and what is of states."""
     q, v, g, beta = tensors["q"], tensors["v"], tensors.get("g"), tensors.get("beta")
     bounds, scale = tensors.get("cu_seqlens"), keywords.get("scale")
-    call = Call(is_functional=is_functional, null_index=keywords.get("null_index", -1))
+    call = Call(null_index=keywords.get("null_index", -1))
     call.B, call.T, call.H, call.K = q.shape
     call.HV, call.V = v.shape[2:]
     call.N = call.B if bounds is None else bounds.shape[0] - 1
@@ -95,7 +102,6 @@ def _call(tensors: dict[str, Any], keywords: dict[str, Any], is_functional: bool
     call.beta_type = 0 if beta is None else _TYPES[beta.dtype]
     for key, axes in {"q": "bthk", "k": "bthk", "v": "bthv", "g": "bthk", "beta": "bth"}.items():
         _set_strides(call, key, tensors.get(key), axes)
-    _set_states(call, tensors)
     _set_integers(call, tensors)
     return call
 
@@ -120,6 +126,8 @@ def _set_states(call: Any, tensors: dict[str, Any]) -> None:
 
 
 def _set_integers(call: Any, tensors: dict[str, Any]) -> None:
+    has = tensors.get("has_initial_state")
+    _set_strides(call, "has_initial_state", has, "n")
     names = {
         "state_indices": "indices",
         "num_accepted_tokens": "accepted",

@@ -1,0 +1,237 @@
+/* What a call of recurrent.c is: its arguments, their dtypes, its sequences and tokens.
+
+   Strides are in numbers, along the axes that their names end in. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* Numbers of a vector, to which keys and queries are padded; rows of a state that are lanes of a
+   tile; the largest K. */
+enum { LANES = 8, TILE = 2 * LANES, MAX_K = 256 };
+/* Results: a slot outside the pool, and nothing was written; no memory for what a thread needs. */
+enum { DONE, SLOT_OUTSIDE, NO_MEMORY };
+
+typedef struct {
+    const void *q, *k, *v, *g, *beta, *initial_state;
+    void *state, *o; /* state: the final states, or the pool, which initial_state then is too */
+    const void *state_indices, *num_accepted_tokens, *cu_seqlens, *read_indices;
+    const void *has_initial_state; /* bool [N] */
+    int64_t B, T, H, HV, K, V, N, slots, columns; /* of a table [N, columns]; 0: slots [N] */
+    int64_t q_b, q_t, q_h, q_k, k_b, k_t, k_h, k_k, v_b, v_t, v_h, v_v;
+    int64_t g_b, g_t, g_h, g_k, beta_b, beta_t, beta_h;
+    int64_t initial_state_n, initial_state_h, state_n, state_h;
+    int64_t indices_n, indices_s, accepted_n, cu_seqlens_n, read_n, has_initial_state_n;
+    int64_t null_index;
+    int32_t token_type, beta_type, state_type;
+    int32_t wide_indices, wide_accepted, wide_cu_seqlens, wide_read; /* int64, else int32 */
+    int32_t by_channel, use_qk_l2norm, is_functional, has_tiles, threads;
+    float scale;
+} Call;
+
+/* Batch row, first token and number of tokens; the slots that are read and, of [N], written. */
+typedef struct {
+    int64_t b, start, length, read, write;
+    int is_live, has_state;
+} Sequence;
+
+/* Of one key head and `capacity` tokens, what a thread makes of them, and tiles of states. */
+typedef struct {
+    float *kq, *gates, *decays; /* [capacity, 2, width], [R, capacity, 2], [R, capacity, width] */
+    float *tiles;               /* [R cdiv(V, TILE), width, TILE] */
+    int64_t width, capacity;
+} Scratch;
+
+/* What a token reads; its decay is one number, or where `decays` is given one for each channel. */
+typedef struct {
+    const float *k, *q, *decays;
+    float decay, beta;
+} Token;
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Quarter __attribute__((vector_size(16)));
+#define AT(p, j) (*(Vector *)((p) + (j)))
+
+static int64_t width_of(int64_t K)
+{
+    return (K + LANES - 1) / LANES * LANES;
+}
+
+static int64_t integer(const void *p, int64_t i, int is_wide)
+{
+    return is_wide ? ((const int64_t *)p)[i] : ((const int32_t *)p)[i];
+}
+
+static inline float widen(uint16_t x)
+{
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+/* To the nearest bfloat16, ties to even; a NaN stays one. */
+static inline uint16_t narrow(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : 0x7fc00000;
+    return (uint16_t)(bits >> 16);
+}
+
+#define LOAD(TYPE, CONVERT)                                                        \
+    {                                                                              \
+        const TYPE *p = (const TYPE *)from + at;                                   \
+        if (stride == 1)                                                           \
+            for (int64_t i = 0; i < n; i++) to[i] = CONVERT(p[i]);                 \
+        else                                                                       \
+            for (int64_t i = 0; i < n; i++) to[i] = CONVERT(p[i * stride]);        \
+    }
+
+/* n numbers from element `at` on, as float32. */
+static void load(float *to, const void *from, int64_t at, int64_t stride, int64_t n, int type)
+{
+    if (type == FLOAT32) LOAD(float, )
+    else if (type == BFLOAT16) LOAD(uint16_t, widen)
+    else LOAD(_Float16, (float))
+}
+
+#define STORE(TYPE, CONVERT)                                          \
+    {                                                                 \
+        TYPE *p = (TYPE *)to + at;                                    \
+        for (int64_t i = 0; i < n; i++) p[i] = CONVERT(from[i]);      \
+    }
+
+static void store(void *to, int64_t at, const float *from, int64_t n, int type)
+{
+    if (type == FLOAT32) STORE(float, )
+    else if (type == BFLOAT16) STORE(uint16_t, narrow)
+    else STORE(_Float16, (_Float16))
+}
+
+/* Padding, and the slots of a sequence, by the rules of docs/semantics.md. */
+static int find_sequence(const Call *c, int64_t n, Sequence *found)
+{
+    Sequence s = {n, 0, c->T, n, n, 1, c->initial_state != NULL};
+    if (c->cu_seqlens) {
+        int64_t start = integer(c->cu_seqlens, n * c->cu_seqlens_n, c->wide_cu_seqlens);
+        int64_t end = integer(c->cu_seqlens, (n + 1) * c->cu_seqlens_n, c->wide_cu_seqlens);
+        s.b = 0;
+        s.start = start < 0 ? 0 : start > c->T ? c->T : start;
+        end = end < 0 ? 0 : end > c->T ? c->T : end;
+        s.length = end > s.start ? end - s.start : 0;
+    }
+    int64_t columns = c->columns ? c->columns : 1, accepted = 1, at = n * c->indices_n;
+    if (c->num_accepted_tokens)
+        accepted = integer(c->num_accepted_tokens, n * c->accepted_n, c->wide_accepted);
+    s.is_live = (s.length > 0 || c->is_functional) && accepted >= 1 && accepted <= columns;
+    s.is_live = s.is_live && (!c->columns || s.length <= columns);
+    if (s.is_live && c->state_indices) {
+        s.write = integer(c->state_indices, at, c->wide_indices);
+        s.read = integer(c->state_indices, at + (accepted - 1) * c->indices_s, c->wide_indices);
+    }
+    if (s.is_live && c->read_indices)
+        s.read = integer(c->read_indices, n * c->read_n, c->wide_read);
+    if (c->has_initial_state)
+        s.has_state = ((const uint8_t *)c->has_initial_state)[n * c->has_initial_state_n] != 0;
+    s.is_live = s.is_live && s.read > c->null_index && (c->columns || s.write > c->null_index);
+    *found = s;
+    if (!s.is_live) return DONE;
+    if (s.read >= c->slots || (!c->columns && s.write >= c->slots)) return SLOT_OUTSIDE;
+    for (int64_t t = 0; c->columns && t < s.length; t++)
+        if (integer(c->state_indices, at + t * c->indices_s, c->wide_indices) >= c->slots)
+            return SLOT_OUTSIDE;
+    return DONE;
+}
+
+static inline float total(Vector x)
+{
+    Quarter y[LANES / 4];
+    memcpy(y, &x, sizeof(x));
+    for (int n = LANES / 8; n; n /= 2)
+        for (int i = 0; i < n; i++) y[i] += y[i + n];
+    return (y[0][0] + y[0][2]) + (y[0][1] + y[0][3]);
+}
+
+/* Keys and queries of tokens of a sequence, normalised and scaled; gates of the value heads. */
+static void prepare(const Call *c, const Scratch *w, int64_t b, int64_t h, int64_t first,
+                    int64_t count)
+{
+    int64_t K = c->K, R = c->HV / c->H;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t t = first + i;
+        float *k = w->kq + i * 2 * w->width, *q = k + w->width, of_k = 1, of_q = c->scale;
+        memset(k, 0, 2 * w->width * sizeof(float));
+        load(k, c->k, b * c->k_b + t * c->k_t + h * c->k_h, c->k_k, K, c->token_type);
+        load(q, c->q, b * c->q_b + t * c->q_t + h * c->q_h, c->q_k, K, c->token_type);
+        if (c->use_qk_l2norm) {
+            Vector kk = {0}, qq = {0};
+            for (int64_t j = 0; j < K; j += LANES) {
+                kk += AT(k, j) * AT(k, j);
+                qq += AT(q, j) * AT(q, j);
+            }
+            of_k /= sqrtf(total(kk) + 1e-6f);
+            of_q /= sqrtf(total(qq) + 1e-6f);
+        }
+        for (int64_t j = 0; j < K; j++) {
+            k[j] *= of_k;
+            q[j] *= of_q;
+        }
+        for (int64_t r = 0; r < R; r++) {
+            int64_t hv = h * R + r, at = b * c->g_b + t * c->g_t + hv * c->g_h;
+            int64_t at_beta = b * c->beta_b + t * c->beta_t + hv * c->beta_h;
+            float *gates = w->gates + (r * w->capacity + i) * 2;
+            gates[0] = c->g && !c->by_channel ? expf(((const float *)c->g)[at]) : 1;
+            gates[1] = 1;
+            if (c->beta) load(gates + 1, c->beta, at_beta, 1, 1, c->beta_type);
+            if (!c->by_channel) continue;
+            float *decays = w->decays + (r * w->capacity + i) * w->width;
+            memset(decays, 0, w->width * sizeof(float));
+            load(decays, c->g, at, c->g_k, K, FLOAT32);
+            for (int64_t j = 0; j < K; j++) decays[j] = expf(decays[j]);
+        }
+    }
+}
+
+/* Token i of those that were prepared, for value head r of the key head. */
+static inline Token token_of(const Call *c, const Scratch *w, int64_t i, int64_t r)
+{
+    int64_t place = r * w->capacity + i;
+    const float *k = w->kq + i * 2 * w->width;
+    const float *decays = c->by_channel ? w->decays + place * w->width : NULL;
+    return (Token){k, k + w->width, decays, w->gates[2 * place], w->gates[2 * place + 1]};
+}
+
+/* Values and outputs of some rows; of `all` rows with a size that the compiler knows. */
+static inline void load_values(const Call *c, int64_t b, int64_t t, int64_t hv, int64_t i_v,
+                               int64_t rows, const int64_t all, float *v)
+{
+    int64_t at = b * c->v_b + t * c->v_t + hv * c->v_h + i_v * c->v_v;
+    if (rows == all && c->token_type == FLOAT32 && c->v_v == 1)
+        memcpy(v, (const float *)c->v + at, all * sizeof(float));
+    else
+        load(v, c->v, at, c->v_v, rows, c->token_type);
+}
+
+static inline void store_output(const Call *c, int64_t b, int64_t t, int64_t hv, int64_t i_v,
+                                int64_t rows, const int64_t all, const float *o)
+{
+    int64_t at = ((b * c->T + t) * c->HV + hv) * c->V + i_v;
+    if (rows == all && c->token_type == FLOAT32)
+        memcpy((float *)c->o + at, o, all * sizeof(float));
+    else
+        store(c->o, at, o, rows, c->token_type);
+}
+
+/* Where a row of a state is that a sequence reads, and writes. */
+static inline int64_t first_row(const Call *c, const Sequence *s, int64_t hv, int64_t i_v)
+{
+    return s->read * c->initial_state_n + hv * c->initial_state_h + i_v * c->K;
+}
+
+static inline int64_t last_row(const Call *c, const Sequence *s, int64_t hv, int64_t i_v)
+{
+    return s->write * c->state_n + hv * c->state_h + i_v * c->K;
+}
