@@ -189,6 +189,7 @@ def register_backward(name: str) -> None:
         _fake(op),
         kernels="chunk_backward",
         function="chunk_backward",
+        cpu="chunk_backward",
     )
 
     def setup_context(

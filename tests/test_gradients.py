@@ -11,6 +11,8 @@ from tolerance import assert_bitwise_equal
 
 import gdn_ops
 
+pytestmark = pytest.mark.usefixtures("form")
+
 H, HV, K, V = 2, 4, 16, 24
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 

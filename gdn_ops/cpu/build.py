@@ -91,7 +91,7 @@ def _digest(source: Path, compiler: str) -> str:
         keys = ("model name", "flags", "Features", "CPU part")
         processor += "".join(sorted({line for line in lines if line.startswith(keys)}))
     real = Path(compiler).resolve()
-    headers = [header.read_text() for header in sorted(source.parent.glob(f"{source.stem}*.h"))]
+    headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
     parts = (source.read_text(), headers, repr(_FLAGS), str(real), real.stat().st_mtime, processor)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -9,9 +9,9 @@
    For few tokens a state moves through memory once in each direction: ROWS rows are read for S k,
    and again, from the first cache, for all else. A float32 state is updated where it stays, others
    are widened into a buffer. `recurrent` computes all tokens so, with the same bits wherever a
-   sequence is cut. `chunk` walks tiles (recurrent_tile.h), for many tokens twice as fast. That needs
-   fewer operations than matrix products of chunks do, 6 K V of a token and head where chunks of 32
-   tokens have 1.2 times as many, and no pass over anything else. */
+   sequence is cut. `chunk` walks tiles (recurrent_tile.h), which is faster for many tokens. Both
+   need fewer operations than matrix products of chunks, 6 K V of a token and head where chunks of
+   32 tokens have 1.2 times as many, and no pass over anything else. */
 
 #include "recurrent_call.h"
 #include "recurrent_tile.h"

@@ -16,7 +16,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = {dtype: i for i, dtype in enumerate(_DTYPES)}
 # Numbers of the states that are worth a thread: what one updates in some 5 us.
 _NUMBERS_PER_THREAD = 1 << 15
-_SLOT_OUTSIDE, _NO_MEMORY = 1, 2
+_SLOT_OUTSIDE, NO_MEMORY = 1, 2
 
 Call = structure("recurrent_call", "Call")
 _FUNCTIONAL = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens")
@@ -31,16 +31,19 @@ _ARGUMENTS = {
 
 def supports(name: str, args: Sequence[Tensor | None], keywords: dict[str, Any]) -> str | None:
     """Why a call cannot be served, in words for its caller; None where it can."""
-    tensors = dict(zip(_ARGUMENTS[name], args, strict=False))
-    q, initial_state = tensors["q"], tensors.get("initial_state")
-    assert q is not None
-    if q.dtype == torch.float64:
-        return "the C kernel computes in float32; q is float64"
     if keywords.get("exact"):
         return "the C kernel has no exact=True"
+    return refusal("recurrent", dict(zip(_ARGUMENTS[name], args, strict=False)))
+
+
+def refusal(source: str, tensors: dict[str, Any]) -> str | None:
+    """Why the C of ``source`` serves no such call; None where it does."""
+    if tensors["q"].dtype == torch.float64:
+        return "the C kernel computes in float32; q is float64"
+    initial_state = tensors.get("initial_state")
     if initial_state is not None and not initial_state[0, 0].is_contiguous():
         return "the C kernel needs matrices of initial_state that are contiguous"
-    library = load("recurrent")
+    library = load(source)
     return library if isinstance(library, str) else None
 
 
@@ -51,17 +54,16 @@ class Plan:
         """Of a checked call, which ``supports`` serves."""
         tensors = dict(zip(_ARGUMENTS[name], args, strict=False))
         self._names = [key for key, x in tensors.items() if x is not None]
-        self._call = call = _call(tensors, keywords)
+        self._call = call = new_call(tensors, keywords)
         call.is_functional = _ARGUMENTS[name] is _FUNCTIONAL
         call.has_tiles = name in ("chunk", "chunk_")
-        _set_states(call, tensors)
+        set_states(call, tensors)
         self._o: Any = ((call.B, call.T, call.HV, call.V), _DTYPES[call.token_type])
         self._states: Any = ((call.N, call.HV, call.V, call.K), _DTYPES[call.state_type])
         # A token of no sequence, or of padding, is not written.
         is_whole = tensors.get("cu_seqlens") is None and tensors.get("state_indices") is None
         self._empty = torch.empty if is_whole and call.null_index < 0 else torch.zeros
-        numbers = call.B * call.T * call.HV * call.V * call.K
-        self._most_threads = max(1, numbers // _NUMBERS_PER_THREAD)
+        self._most_threads = most_threads(call)
         self._function = load("recurrent").gdn_recurrent  # type: ignore[union-attr]
 
     def __call__(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> Any:
@@ -80,14 +82,20 @@ class Plan:
             call.initial_state = call.state
         call.threads = min(self._most_threads, torch.get_num_threads())
         error = self._function(ctypes.byref(call))
-        if error == _NO_MEMORY:
+        if error == NO_MEMORY:
             raise MemoryError("recurrent: no memory for keys and queries in float32")
         if error == _SLOT_OUTSIDE:
             return None
         return (o, final_state) if call.is_functional else o
 
 
-def _call(tensors: dict[str, Any], keywords: dict[str, Any]) -> Any:
+def most_threads(call: Any) -> int:
+    """That are worth starting."""
+    numbers = call.B * call.T * call.HV * call.V * call.K
+    return max(1, int(numbers // _NUMBERS_PER_THREAD))
+
+
+def new_call(tensors: dict[str, Any], keywords: dict[str, Any]) -> Any:
     """The structure without addresses, and what is of states."""
     q, v, g, beta = tensors["q"], tensors["v"], tensors.get("g"), tensors.get("beta")
     bounds, scale = tensors.get("cu_seqlens"), keywords.get("scale")
@@ -101,33 +109,35 @@ def _call(tensors: dict[str, Any], keywords: dict[str, Any]) -> Any:
     call.token_type = _TYPES[q.dtype]
     call.beta_type = 0 if beta is None else _TYPES[beta.dtype]
     for key, axes in {"q": "bthk", "k": "bthk", "v": "bthv", "g": "bthk", "beta": "bth"}.items():
-        _set_strides(call, key, tensors.get(key), axes)
+        set_strides(call, key, tensors.get(key), axes)
     _set_integers(call, tensors)
     return call
 
 
-def _set_strides(call: Any, name: str, x: Tensor | None, axes: str) -> None:
+def set_strides(call: Any, name: str, x: Tensor | None, axes: str) -> None:
+    """Of a tensor, where there is one."""
     if x is not None:
         for axis, stride in zip(axes, x.stride(), strict=False):
             setattr(call, f"{name}_{axis}", stride)
 
 
-def _set_states(call: Any, tensors: dict[str, Any]) -> None:
+def set_states(call: Any, tensors: dict[str, Any]) -> None:
+    """Strides and dtype of the states that are read and written."""
     read: Any = tensors.get("initial_state") if call.is_functional else tensors["state"]
-    _set_strides(call, "initial_state", read, "nh")
+    set_strides(call, "initial_state", read, "nh")
     if call.is_functional:
         call.state_h = call.V * call.K
         call.state_n = call.HV * call.state_h
         call.slots = call.N
     else:
-        _set_strides(call, "state", read, "nh")
+        set_strides(call, "state", read, "nh")
         call.slots = read.shape[0]
     call.state_type = 0 if read is None else _TYPES[read.dtype]
 
 
 def _set_integers(call: Any, tensors: dict[str, Any]) -> None:
     has = tensors.get("has_initial_state")
-    _set_strides(call, "has_initial_state", has, "n")
+    set_strides(call, "has_initial_state", has, "n")
     names = {
         "state_indices": "indices",
         "num_accepted_tokens": "accepted",

@@ -1,4 +1,4 @@
-/* What a call of recurrent.c is: its arguments, their dtypes, its sequences and tokens.
+/* What a call in C is: its arguments, their dtypes, its sequences and tokens.
 
    Strides are in numbers, along the axes that their names end in. */
 
@@ -19,12 +19,16 @@ typedef struct {
     void *state, *o; /* state: the final states, or the pool, which initial_state then is too */
     const void *state_indices, *num_accepted_tokens, *cu_seqlens, *read_indices;
     const void *has_initial_state; /* bool [N] */
+    /* Of the gradient: d_o and dfinal_state are read, the others written, and contiguous. */
+    const void *d_o, *dfinal_state;
+    void *dq, *dk, *dv, *dg, *dbeta, *dinitial_state;
     int64_t B, T, H, HV, K, V, N, slots, columns; /* of a table [N, columns]; 0: slots [N] */
     int64_t q_b, q_t, q_h, q_k, k_b, k_t, k_h, k_k, v_b, v_t, v_h, v_v;
     int64_t g_b, g_t, g_h, g_k, beta_b, beta_t, beta_h;
     int64_t initial_state_n, initial_state_h, state_n, state_h;
     int64_t indices_n, indices_s, accepted_n, cu_seqlens_n, read_n, has_initial_state_n;
     int64_t null_index;
+    int64_t do_b, do_t, do_h, do_v, dfinal_n, dfinal_h, dfinal_v, dfinal_k;
     int32_t token_type, beta_type, state_type;
     int32_t wide_indices, wide_accepted, wide_cu_seqlens, wide_read; /* int64, else int32 */
     int32_t by_channel, use_qk_l2norm, is_functional, has_tiles, threads;

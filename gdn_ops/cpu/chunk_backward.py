@@ -1,0 +1,77 @@
+"""Calling chunk_backward.c: the gradients of ``chunk`` and ``recurrent`` on a CPU."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build import load
+from .recurrent import NO_MEMORY, Call, most_threads, new_call, refusal, set_states, set_strides
+
+_ARGUMENTS = (
+    *("d_o", "dfinal_state", "q", "k", "v", "g", "beta"),
+    *("initial_state", "cu_seqlens"),
+)
+_GRADIENTS = {name: f"d{name}" for name in ("q", "k", "v", "g", "beta", "initial_state")}
+
+
+# From this K on matrix products of chunks are faster. ms forward and backward, in C / as products
+# (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-30), at (B, T, H, HV, K, V):
+# (8, 512, 2, 4, 32, 32) 24 / 62, (4, 512, 4, 4, 64, 64) 45 / 78, (4, 256, 4, 8, 96, 96) 86 / 85,
+# (4, 256, 16, 32, 128, 128) 525 / 462.
+_LEAST_K_OF_PRODUCTS = 96
+
+
+def supports(name: str, args: Sequence[Tensor | None], keywords: dict[str, Any]) -> str | None:
+    """Why a call cannot be served, in words for its caller; None where it can."""
+    tensors: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False))
+    q, initial_state = tensors["q"], tensors.get("initial_state")
+    if q.shape[3] >= _LEAST_K_OF_PRODUCTS:
+        return "matrix products are faster for such keys"
+    state = torch.float32 if initial_state is None else initial_state.dtype
+    for x, dtype in ((tensors["d_o"], q.dtype), (tensors["dfinal_state"], state)):
+        if x is not None and x.dtype != dtype:
+            return f"the C kernel needs gradients in the dtype of the outputs; one is {x.dtype}"
+    return refusal("chunk_backward", tensors)
+
+
+class Plan:
+    """All of a call but its addresses: calls of one key (``_plans.py``) have one plan."""
+
+    def __init__(self, name: str, args: Sequence[Tensor | None], keywords: dict[str, Any]) -> None:
+        """Of a checked call, which ``supports`` serves."""
+        tensors = dict(zip(_ARGUMENTS, args, strict=False))
+        self._names = [key for key, x in tensors.items() if x is not None]
+        self._call = call = new_call(tensors, keywords)
+        call.is_functional = True
+        set_states(call, tensors)
+        set_strides(call, "do", tensors["d_o"], "bthv")
+        set_strides(call, "dfinal", tensors["dfinal_state"], "nhvk")
+        q: Any = tensors["q"]
+        inputs = {key: tensors.get(key) for key in _GRADIENTS}
+        self._new: Any = [
+            (_GRADIENTS[key], ((0,), q.dtype) if x is None else (tuple(x.shape), x.dtype))
+            for key, x in inputs.items()
+        ]
+        # Tokens of no sequence are not written.
+        self._empty = torch.empty if tensors.get("cu_seqlens") is None else torch.zeros
+        self._most_threads = min(most_threads(call), call.N * call.H)
+        self._function = load("chunk_backward").gdn_chunk_backward  # type: ignore[union-attr]
+
+    def __call__(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> Any:
+        """The gradients; an empty tensor for that of an input that is None."""
+        call = Call.from_buffer_copy(self._call)  # calls of other threads have their own
+        for name, pointer in zip(self._names, pointers, strict=True):
+            setattr(call, name, pointer)
+        gradients = []
+        for name, (shape, dtype) in self._new:
+            gradient = self._empty(shape, dtype=dtype)
+            if gradient.numel():
+                setattr(call, name, gradient.data_ptr())
+            gradients.append(gradient)
+        call.threads = min(self._most_threads, torch.get_num_threads())
+        if self._function(ctypes.byref(call)) == NO_MEMORY:
+            raise MemoryError("chunk_backward: no memory for keys and queries in float32")
+        return tuple(gradients)
