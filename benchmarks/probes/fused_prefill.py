@@ -17,23 +17,24 @@ from the start of a chunk, D_ij = exp(G_i - G_j) for j <= i and else 0, of each 
 
 Roles: two math warp groups (``scan``) hold 64 rows of S each, in registers, and the first loads
 tokens as well; an auxiliary one (``aux``, fused_prefill_aux.py) makes the matrices of chunks, up to
-two ahead. 12 warps with 192, 192 and 120 registers a thread, 504 of 512; 40 bytes are spilled.
+two ahead. 12 warps with 192, 192 and 120 registers a thread, 504 of 512; 44 bytes are spilled.
 Shared memory is 219288 bytes: three stages of tokens and gates (148 KB), two of matrices (32 KB),
 scratch of the auxiliary group (34 KB). An output takes the place of its values.
 
-Measured on an H200, torch 2.11, Triton 3.6.0, 2026-11-29, us; 16 key heads, 32 value heads. Where
-one role was timed alone, the other only signalled; that switch is not in this file.
+Measured on an H200, torch 2.11, Triton 3.6.0, 2026-11-29 and 30, us; 16 key heads, 32 value heads.
+Where one role was timed alone, the other only signalled; that switch is not in this file.
 
                                     1x8192   4x2048   8x1024   4x8192
-    fused                              489      129      135      491
+    fused                              484      124      130      473
     aux alone                          303       82       87      313
     math alone                         242       71       76      263
     two kernels, gdn.chunk             263      173      183      638
 
-What limits it: of 6977 cycles a chunk the auxiliary group spends 3360 in the step after publishing,
-the products of keys of the next chunk, and 1156 when it runs alone. These products wait behind the
-burst of the math groups, which then wait for matrices: both run one after the other. One sequence,
-besides, is 32 programs for 132 multiprocessors.
+What limits it: the auxiliary group is a chain of dependent steps. By clocks that it writes, of 8765
+cycles a chunk (7377 without the clocks) factors and inverses take 2254, products of tokens 1962,
+stores and gates 1274, Newton's step 879; the math groups wait for it half of their time. With the
+products of tokens before publishing, as here, for after it, 4 us less. One sequence, besides, is 32
+programs for 132 multiprocessors. benchmarks/results/h200-2026-11-30.md has all variants.
 
 Not served: l2 norm of q and k, initial states, packed rows, other sizes than K = V = 128, other
 dtypes than bfloat16 tokens with float32 gates.

@@ -8,16 +8,16 @@ transpose of X, Z = X^T = (I - U)^-1, it makes
 It works on transposes so that the right operand of each product is in memory before the left, which
 stays in registers. Of a chunk, in this order:
 
-1. ``multiply_tokens``: keys by keys and queries in one product (wgmma), times decays. P^T goes to
-   memory.
+1. ``multiply_tokens``: keys by keys and queries in one product (wgmma); ``decay_products``: times
+   decays. P^T goes to memory.
 2. ``store_factors``: diagonal blocks of 16 x 16, one in each warp, are inverted by mma.sync without
    leaving registers: blocks of 2, merged thrice. U - I goes to memory as a sum of two bfloat16.
 3. ``substitute``: substitution by block columns, Z_c = (E_c + sum of Z_j U_jc for j < c) Z_cc, by
    mma.sync. Warp w has rows 16 w to 16 w + 15 of all of them, so no left operand leaves its warp.
 4. ``refine``: a step of Newton's with both parts of U - I takes back what rounding to bfloat16 lost
    in 2 and 3 (wgmma).
-5. ``aux``: outputs, from Z and its product with P^T (wgmma). They are published, then 1 begins for
-   the chunk after.
+5. ``aux``: outputs, from Z and its product with P^T (wgmma). 1 begins for the chunk after, then
+   they are published.
 
 ``a_`` is a block ``b_`` as a left operand, ``t_`` a tile of shared memory, ``s_`` stages of one.
 ``tokens mats gates scratch bars place`` are tuples that ``fused_kernel`` makes.
@@ -77,13 +77,19 @@ def store_gates(gates, b_g, b_beta, st):
 
 
 @gluon.jit
-def multiply_tokens(s_kq, t_p, s_G, full, i, zero):
-    """Products of keys of chunk ``i``, with decays; those with queries go to memory as P^T."""
+def multiply_tokens(s_kq, full, i):
+    """Products of keys of chunk ``i`` with keys and queries, under way."""
     mbarrier.wait(full.index(i % NST), (i // NST) & 1)
-    t_kq, t_G = s_kq.index(i % NST), s_G.index(i % NST)
+    t_kq = s_kq.index(i % NST)
     # Keys are the left operand of both, read once.
     b_zero = gl.zeros((BT, 2 * BT), gl.float32, SL)
-    b_KKQ = wgmma(t_kq.slice(0, BT), t_kq.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    return wgmma(t_kq.slice(0, BT), t_kq.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def decay_products(b_KKQ, t_p, s_G, i, zero):
+    """The products of chunk ``i`` times decays; those with queries go to memory as P^T."""
+    t_G = s_G.index(i % NST)
     o_r, o_c = gl.arange(0, BT, layout=XR)[:, None], gl.arange(0, BT, layout=XC)[None, :]
     # Of the two decays between a pair of tokens the one that is not above 1: symmetric.
     b_D = gl.exp2(-gl.abs(t_G.load(XC)[None, :] - t_G.load(XR)[:, None]))
@@ -232,7 +238,8 @@ def aux(tokens, mats, gates, scratch, bars, p_g, p_beta, place, C: gl.constexpr)
     store_gates(gates, b_g, b_beta, 0)
     b_g, b_beta = load_gates(p_g, p_beta, o_g, 1, T, HV)
     gl.thread_barrier()
-    b_KK = multiply_tokens(tokens[0], t_p, gates[2], full, 0, zero)
+    b_KKQ = multiply_tokens(tokens[0], full, 0)
+    b_KK = decay_products(b_KKQ, t_p, gates[2], 0, zero)
     for i in range(NT):
         sm = i % NM
         t_beta, t_tail = gates[3].index(i % NST), gates[4].index(i % NST)
@@ -251,9 +258,12 @@ def aux(tokens, mats, gates, scratch, bars, p_g, p_beta, place, C: gl.constexpr)
         b_g, b_beta = load_gates(p_g, p_beta, o_g, i + 2, T, HV)
         b_W = wgmma_wait(0, deps=(b_W,))
         b_w = b_W.to(gl.bfloat16)
+        # Of the last chunk once more, for nothing. Before the matrices are published, after which
+        # the math groups keep the tensor cores.
+        i_next = gl.minimum(i + 1, NT - 1)
+        b_KKQ = multiply_tokens(tokens[0], full, i_next)
         mats[1].index(sm).store(b_w)
         fence()
         gl.thread_barrier()
         mbarrier.arrive(full_m.index(sm), count=1)
-        # Of the last chunk once more, for nothing.
-        b_KK = multiply_tokens(tokens[0], t_p, gates[2], full, gl.minimum(i + 1, NT - 1), zero)
+        b_KK = decay_products(b_KKQ, t_p, gates[2], i_next, zero)
