@@ -17,7 +17,7 @@
 #include <omp.h>
 #endif
 
-enum { ROWS = 8, HALF = 4 };
+enum { HALF = ROWS / 2 };
 
 /* What a task has beside `Scratch`; a block is [ROWS, width]. */
 typedef struct {
@@ -35,10 +35,8 @@ static void advance(const float *from, float *to, int64_t width, Token a, const 
     float u[ROWS];
     for (int64_t j = 0; j < width; j += LANES)
         for (int r = 0; r < ROWS; r++) sums[r] += AT(from + r * width, j) * AT(a.k, j);
-    for (int r = 0; r < ROWS; r++) {
-        x[r] = v[r] - a.decay * total(sums[r]);
-        u[r] = a.beta * x[r];
-    }
+    AT(x, 0) = AT(v, 0) - totals(sums) * a.decay;
+    AT(u, 0) = AT(x, 0) * a.beta;
     for (int64_t j = 0; j < width; j += LANES)
         for (int r = 0; r < ROWS; r++) {
             Vector S = AT(from + r * width, j) * a.decay;
@@ -67,15 +65,13 @@ static void retreat(float *G, const float *before, const float *after, int64_t w
             }
             AT(dq, j) = dq_j;
         }
-    dgates[0] += a.decay * total((of_decay[0] + of_decay[1]) + (of_decay[2] + of_decay[3]));
-    for (int r = 0; r < ROWS; r++) {
-        float G_k = total(sums[r]);
-        dv[r] = a.beta * G_k;
-        u[r] = a.beta * x[r];
-        decayed[r] = a.decay * dv[r];
-        dgates[0] -= dv[r] * (v[r] - x[r]);
-        dgates[1] += G_k * x[r];
-    }
+    Vector G_k = totals(sums), e = G_k * a.beta;
+    AT(dv, 0) = e;
+    AT(u, 0) = AT(x, 0) * a.beta;
+    AT(decayed, 0) = e * a.decay;
+    Vector of_pairs = (of_decay[0] + of_decay[1]) + (of_decay[2] + of_decay[3]);
+    dgates[0] += total(of_pairs * a.decay - e * (AT(v, 0) - AT(x, 0)));
+    dgates[1] += total(G_k * AT(x, 0));
     for (int first = 0; first < ROWS; first += HALF)
         for (int64_t j = 0; j < width; j += LANES) {
             Vector k_j = AT(a.k, j), dk_j = AT(dk, j);

@@ -19,9 +19,9 @@ _GRADIENTS = {name: f"d{name}" for name in ("q", "k", "v", "g", "beta", "initial
 
 # From this K on matrix products of chunks are faster. ms forward and backward, in C / as products
 # (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-30), at (B, T, H, HV, K, V):
-# (8, 512, 2, 4, 32, 32) 24 / 62, (4, 512, 4, 4, 64, 64) 45 / 78, (4, 256, 4, 8, 96, 96) 86 / 85,
-# (4, 256, 16, 32, 128, 128) 525 / 462.
-_LEAST_K_OF_PRODUCTS = 96
+# (8, 512, 2, 4, 32, 32) 24 / 53, (4, 512, 4, 4, 64, 64) 31 / 49, (4, 256, 4, 8, 96, 96) 57 / 69,
+# (4, 256, 16, 32, 128, 128) 504 / 405.
+_LEAST_K_OF_PRODUCTS = 128
 
 
 def supports(name: str, args: Sequence[Tensor | None], keywords: dict[str, Any]) -> str | None:

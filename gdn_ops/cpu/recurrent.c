@@ -22,9 +22,6 @@
 #include <sys/mman.h>
 #endif
 
-/* With 4 rows the sums of a row wait for themselves: 1.5 times as long (AMD EPYC, AVX2, GCC 12,
-   one thread, 2026-11-30). */
-enum { ROWS = 8 };
 /* Tokens from which on a state is turned into tiles and back; tokens that are prepared at once. */
 enum { TILE_TOKENS = 16, SEGMENT = 64 };
 
@@ -40,10 +37,8 @@ step(const float *from, float *to, int64_t K, Token a, int by_channel, const flo
         if (by_channel) k_j *= AT(a.decays, j);
         for (int r = 0; r < ROWS; r++) sums[r] += AT(from + r * K, j) * k_j;
     }
-    for (int r = 0; r < ROWS; r++) {
-        u[r] = a.beta * (v[r] - a.decay * total(sums[r]));
-        sums[r] = (Vector){0};
-    }
+    AT(u, 0) = (AT(v, 0) - totals(sums) * a.decay) * a.beta;
+    for (int r = 0; r < ROWS; r++) sums[r] = (Vector){0};
     for (int64_t j = 0; j < K; j += LANES) {
         Vector k_j = AT(a.k, j), q_j = AT(a.q, j), d_j = a.decay - (Vector){0};
         if (by_channel) d_j = AT(a.decays, j);
@@ -54,7 +49,7 @@ step(const float *from, float *to, int64_t K, Token a, int by_channel, const flo
             if (j % 16 == 0) __builtin_prefetch(from + (r + ROWS) * K + j);
         }
     }
-    for (int r = 0; r < ROWS; r++) o[r] = total(sums[r]);
+    AT(o, 0) = totals(sums);
 }
 
 /* Rows `i_v` to `i_v + ROWS - 1` of a state, through all tokens of sequence n. */
@@ -116,7 +111,7 @@ static int64_t place(const Call *c, float *base, Scratch *w)
     w->gates = w->kq + w->capacity * 2 * w->width;
     w->decays = w->gates + R * w->capacity * 2;
     w->tiles = w->decays + (c->by_channel ? R * w->capacity * w->width : 0);
-    return w->tiles + tiles * w->width * TILE - base;
+    return w->tiles + (c->has_tiles ? tiles * w->width * TILE : 0) - base;
 }
 
 static void run(const Call *c, const Sequence *sequences, float *memory, int64_t numbers)

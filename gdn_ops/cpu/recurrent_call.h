@@ -8,9 +8,10 @@
 #include <string.h>
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-/* Numbers of a vector, to which keys and queries are padded; rows of a state that are lanes of a
-   tile; the largest K. */
-enum { LANES = 8, TILE = 2 * LANES, MAX_K = 256 };
+/* Numbers of a vector, to which keys and queries are padded; rows of a state that are walked
+   together, with 4 of which a sum would wait for itself; rows that are lanes of a tile; the largest
+   K. */
+enum { LANES = 8, ROWS = LANES, TILE = 2 * LANES, MAX_K = 256 };
 /* Results: a slot outside the pool, and nothing was written; no memory for what a thread needs. */
 enum { DONE, SLOT_OUTSIDE, NO_MEMORY };
 
@@ -157,6 +158,27 @@ static inline float total(Vector x)
     for (int n = LANES / 8; n; n /= 2)
         for (int i = 0; i < n; i++) y[i] += y[i + n];
     return (y[0][0] + y[0][2]) + (y[0][1] + y[0][3]);
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+typedef int32_t Places __attribute__((vector_size(4 * LANES)));
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (Places){__VA_ARGS__})
+#endif
+
+/* The totals of LANES vectors, a lane for each. */
+static inline Vector totals(const Vector *x)
+{
+    Vector y[4], z[2];
+    for (int i = 0; i < 4; i++)
+        y[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+               SHUFFLE(x[2 * i], x[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    for (int i = 0; i < 2; i++)
+        z[i] = SHUFFLE(y[2 * i], y[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               SHUFFLE(y[2 * i], y[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE(z[0], z[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           SHUFFLE(z[0], z[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 /* Keys and queries of tokens of a sequence, normalised and scaled; gates of the value heads. */
