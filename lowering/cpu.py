@@ -12,7 +12,7 @@ size: 46 instead of 339 us, 105 instead of 494, 0.9 instead of 1.6 ms (2026-11-2
 
 Everything else stays an opaque call:
 
-- more than one token, packed rows: the eager operator works in blocks that stay in the cache;
+- more than one token, packed rows: the operator keeps rows of a state in the cache for all of them;
 - ``exact=True``: Inductor chooses the order of a sum, and whether products are contracted;
 - slots by index: a padding row must not write, and the C++ that Inductor writes for a scatter has
   no masked store; and a slot outside the pool would end the process instead of raising.

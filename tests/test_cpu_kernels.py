@@ -34,7 +34,7 @@ def served(monkeypatch):
     return calls
 
 
-def assert_both_equal(actual, expected):
+def assert_all_equal(actual, expected):
     for x, y in zip(actual, expected, strict=True):
         assert_bitwise_equal(x, y)
 
@@ -79,18 +79,21 @@ def test_rows_and_keys_need_not_fill_a_vector(data, dtype, pool, K, V, R):
     assert_equals_oracle(gdn_ops.recurrent, call)
 
 
-def test_threads_do_not_change_a_bit():
-    tokens = make_inputs(3, 2, 2, 8, 64, 64)
-    state = make_state(3, 8, 64, 64)
+@pytest.mark.parametrize("operator", [gdn_ops.recurrent, gdn_ops.chunk], ids=["recurrent", "chunk"])
+def test_threads_do_not_change_a_bit(operator):
+    tokens = make_inputs(3, 20, 2, 8, 64, 64)
+    inputs = [x.requires_grad_() for x in (*tokens, make_state(3, 8, 64, 64))]
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(gdn_ops.recurrent(*tokens, state))
+            o, final_state = operator(*inputs)
+            loss = (o * o).sum() + final_state.sum()
+            results.append((o, final_state, *torch.autograd.grad(loss, inputs)))
     finally:
         torch.set_num_threads(1)
     for result in results[1:]:
-        assert_both_equal(result, results[0])
+        assert_all_equal(result, results[0])
 
 
 def test_calls_of_several_threads_do_not_share_their_arguments():
@@ -109,7 +112,7 @@ def test_calls_of_several_threads_do_not_share_their_arguments():
     for thread in threads:
         thread.join()
     for actual, wanted in zip(found, expected, strict=True):
-        assert_both_equal(actual, wanted)
+        assert_all_equal(actual, wanted)
 
 
 def test_packed_sequences_of_no_tokens_hand_on_their_states(served):
@@ -171,6 +174,21 @@ def test_what_was_built_once_serves_the_next_process(tmp_path):
     run(DECODE, GDN_CACHE_DIR=str(tmp_path))
     assert library.stat().st_mtime_ns == built
     assert [*tmp_path.iterdir()] == [library]
+
+
+def test_a_kept_library_that_cannot_be_loaded_is_built_again(tmp_path):
+    run(DECODE, GDN_CACHE_DIR=str(tmp_path))
+    (library,) = tmp_path.iterdir()
+    library.write_bytes(b"no library")
+    lines = run(DECODE, GDN_CACHE_DIR=str(tmp_path)).splitlines()
+    assert len(lines) == 1
+    assert library.stat().st_size > 10_000
+
+
+def test_where_nothing_can_be_kept_the_c_serves_all_the_same(tmp_path):
+    (tmp_path / "file").write_text("")
+    lines = run(DECODE, GDN_CACHE_DIR=str(tmp_path / "file" / "folder")).splitlines()
+    assert len(lines) == 1
 
 
 def test_plain_pytorch_can_be_asked_for(served, monkeypatch):

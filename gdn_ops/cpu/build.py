@@ -4,6 +4,7 @@ So an installation needs no compiler, and a machine without one runs plain PyTor
 is kept in ``$GDN_CACHE_DIR``, by default ``~/.cache/gdn_ops``, by all that it was built from.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _FOLDER = Path(__file__).parent
 # The first that compiles, links and loads. Nothing links OpenMP: its functions are those of the
@@ -33,17 +36,17 @@ _SECONDS = 120
 @functools.cache
 def load(name: str) -> ctypes.CDLL | str:
     """The library of ``<name>.c``, or in words why there is none."""
-    compiler = next(
-        filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None
-    )
+    names = (os.environ.get("CC", "cc"), "gcc", "clang")
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         return "there is no C compiler (cc, gcc, clang or $CC)"
     source = _FOLDER / f"{name}.c"
     try:
         folder = _cache_folder()
-        path = folder / f"{name}-{_digest(source, compiler)}.so"
-        if path.exists():
-            return ctypes.CDLL(str(path))
+        path = folder and folder / f"{name}-{_digest(source, compiler)}.so"
+        if path and path.exists():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(path))
         return _build(source, compiler, path)
     except (OSError, subprocess.SubprocessError) as error:
         return f"{source.name} could not be built: {_last_line(error)}"
@@ -71,15 +74,16 @@ def structure(name: str, of: str) -> Any:
     return type(of, (ctypes.Structure,), {"_fields_": fields, "__doc__": f"{of} of {name}.h."})
 
 
-def _cache_folder() -> Path:
+def _cache_folder() -> Path | None:
+    """Where libraries are kept; None where nothing can be written there."""
     root = os.environ.get("GDN_CACHE_DIR")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(root) if root else Path(cache) / "gdn_ops"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="gdn_ops-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="gdn_ops-"))
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _digest(source: Path, compiler: str) -> str:
@@ -92,13 +96,14 @@ def _digest(source: Path, compiler: str) -> str:
         processor += "".join(sorted({line for line in lines if line.startswith(keys)}))
     real = Path(compiler).resolve()
     headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
-    parts = (source.read_text(), headers, repr(_FLAGS), str(real), real.stat().st_mtime, processor)
+    text = (source.read_text(), headers, repr(_FLAGS))
+    parts = (*text, str(real), real.stat().st_mtime, processor, torch.__version__)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _build(source: Path, compiler: str, path: Path) -> ctypes.CDLL:
-    """Compile, link and load with the first flags that do; then keep the library."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def _build(source: Path, compiler: str, path: Path | None) -> ctypes.CDLL:
+    """Compile, link and load with the first flags that do; then keep the library as ``path``."""
+    with tempfile.TemporaryDirectory(dir=path and path.parent) as folder:
         error: Exception = OSError("no flags")
         for flags in _FLAGS:
             made, library = f"{folder}/{source.stem}.o", f"{folder}/{len(os.listdir(folder))}.so"
@@ -113,8 +118,8 @@ def _build(source: Path, compiler: str, path: Path) -> ctypes.CDLL:
             except (OSError, subprocess.SubprocessError) as failed:
                 error = failed
                 continue
-            # Renamed, so that another process sees all of it or nothing.
-            os.replace(library, path)
+            if path:
+                os.replace(library, path)  # so that another process sees all of it or nothing
             return loaded
     raise error
 
