@@ -6,6 +6,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if !defined(__FLT16_MAX__) && defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 /* Numbers of a vector, to which keys and queries are padded; rows of a state that are walked
@@ -86,6 +89,17 @@ static inline uint16_t narrow(float x)
     return (uint16_t)(bits >> 16);
 }
 
+/* float16: for x86 GCC knows the type from version 12 on. */
+#ifdef __FLT16_MAX__
+typedef _Float16 Half;
+#define WIDEN_HALF (float)
+#define NARROW_HALF (_Float16)
+#else
+typedef uint16_t Half;
+#define WIDEN_HALF(x) _cvtsh_ss(x)
+#define NARROW_HALF(x) _cvtss_sh(x, 0)
+#endif
+
 #define LOAD(TYPE, CONVERT)                                                        \
     {                                                                              \
         const TYPE *p = (const TYPE *)from + at;                                   \
@@ -100,7 +114,7 @@ static void load(float *to, const void *from, int64_t at, int64_t stride, int64_
 {
     if (type == FLOAT32) LOAD(float, )
     else if (type == BFLOAT16) LOAD(uint16_t, widen)
-    else LOAD(_Float16, (float))
+    else LOAD(Half, WIDEN_HALF)
 }
 
 #define STORE(TYPE, CONVERT)                                          \
@@ -113,7 +127,7 @@ static void store(void *to, int64_t at, const float *from, int64_t n, int type)
 {
     if (type == FLOAT32) STORE(float, )
     else if (type == BFLOAT16) STORE(uint16_t, narrow)
-    else STORE(_Float16, (_Float16))
+    else STORE(Half, NARROW_HALF)
 }
 
 /* Padding, and the slots of a sequence, by the rules of docs/semantics.md. */

@@ -1,8 +1,8 @@
 /* Many tokens: tiles of a state whose lanes are its rows, which a thread keeps from the first token
    of a sequence to the last. No sum goes across lanes. */
 
-/* A token of a tile [width, TILE], whose lanes are rows of the state: no sum goes across lanes. Of
-   the new rows the product with the query, and with the next key, which saves a pass for S k. */
+/* A token of a tile [width, TILE]: of the new rows the product with the query, and with the next
+   key, which saves a pass for S k. */
 static inline __attribute__((always_inline)) void
 step_of_tile(float *tile, int64_t width, Token a, Token next, int by_channel, const Vector *u,
              Vector *S_k, Vector *S_q)
