@@ -19,7 +19,8 @@
 
 enum { HALF = ROWS / 2 };
 
-/* What a task has beside `Scratch`; a block is [ROWS, width]. */
+/* What a task has beside `Scratch`. A block is [width / LANES, ROWS, LANES], so that a loop over the
+   channels of its rows has one address. */
 typedef struct {
     Scratch tokens;
     float *dkq, *dgates; /* [T, 2, width], [R, T, 2]: of keys and queries as they were prepared */
@@ -34,13 +35,13 @@ static void advance(const float *from, float *to, int64_t width, Token a, const 
     Vector sums[ROWS] = {0};
     float u[ROWS];
     for (int64_t j = 0; j < width; j += LANES)
-        for (int r = 0; r < ROWS; r++) sums[r] += AT(from + r * width, j) * AT(a.k, j);
+        for (int r = 0; r < ROWS; r++) sums[r] += AT(from + j * ROWS, r * LANES) * AT(a.k, j);
     AT(x, 0) = AT(v, 0) - totals(sums) * a.decay;
     AT(u, 0) = AT(x, 0) * a.beta;
     for (int64_t j = 0; j < width; j += LANES)
         for (int r = 0; r < ROWS; r++) {
-            Vector S = AT(from + r * width, j) * a.decay;
-            AT(to + r * width, j) = S + AT(a.k, j) * u[r];
+            Vector S = AT(from + j * ROWS, r * LANES) * a.decay;
+            AT(to + j * ROWS, r * LANES) = S + AT(a.k, j) * u[r];
         }
 }
 
@@ -57,11 +58,11 @@ static void retreat(float *G, const float *before, const float *after, int64_t w
         for (int64_t j = 0; j < width; j += LANES) {
             Vector k_j = AT(a.k, j), q_j = AT(a.q, j), dq_j = AT(dq, j);
             for (int r = first; r < first + HALF; r++) {
-                Vector G_j = AT(G + r * width, j) + q_j * of_o[r];
-                AT(G + r * width, j) = G_j;
+                Vector G_j = AT(G + j * ROWS, r * LANES) + q_j * of_o[r];
+                AT(G + j * ROWS, r * LANES) = G_j;
                 sums[r] += G_j * k_j;
-                of_decay[r % HALF] += G_j * AT(before + r * width, j);
-                dq_j += AT(after + r * width, j) * of_o[r];
+                of_decay[r % HALF] += G_j * AT(before + j * ROWS, r * LANES);
+                dq_j += AT(after + j * ROWS, r * LANES) * of_o[r];
             }
             AT(dq, j) = dq_j;
         }
@@ -76,10 +77,10 @@ static void retreat(float *G, const float *before, const float *after, int64_t w
         for (int64_t j = 0; j < width; j += LANES) {
             Vector k_j = AT(a.k, j), dk_j = AT(dk, j);
             for (int r = first; r < first + HALF; r++) {
-                Vector G_j = AT(G + r * width, j);
+                Vector G_j = AT(G + j * ROWS, r * LANES);
                 dk_j += G_j * u[r];
-                dk_j -= AT(before + r * width, j) * decayed[r];
-                AT(G + r * width, j) = G_j * a.decay - k_j * decayed[r];
+                dk_j -= AT(before + j * ROWS, r * LANES) * decayed[r];
+                AT(G + j * ROWS, r * LANES) = G_j * a.decay - k_j * decayed[r];
             }
             AT(dk, j) = dk_j;
         }
@@ -91,16 +92,19 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
 {
     int64_t K = c->K, width = w->tokens.width, rows = c->V - i_v < ROWS ? c->V - i_v : ROWS;
     int64_t interval = w->interval, bytes = w->block * sizeof(float);
-    float v[ROWS] = {0}, d_o[ROWS] = {0}, dv[ROWS];
+    float v[ROWS] = {0}, d_o[ROWS] = {0}, dv[ROWS], row[MAX_K] = {0};
     float *S = w->states;
     memset(S, 0, bytes);
     memset(w->G, 0, bytes);
     for (int64_t i = 0; i < rows; i++) {
-        int64_t first = first_row(c, s, hv, i_v + i);
-        if (s->has_state) load(S + i * width, c->initial_state, first, 1, K, c->state_type);
+        if (s->has_state) {
+            load(row, c->initial_state, first_row(c, s, hv, i_v + i), 1, K, c->state_type);
+            for (int64_t j = 0; j < width; j += LANES) AT(S + j * ROWS, i * LANES) = AT(row, j);
+        }
         int64_t at = n * c->dfinal_n + hv * c->dfinal_h + (i_v + i) * c->dfinal_v;
-        if (c->dfinal_state)
-            load(w->G + i * width, c->dfinal_state, at, c->dfinal_k, K, c->state_type);
+        if (!c->dfinal_state) continue;
+        load(row, c->dfinal_state, at, c->dfinal_k, K, c->state_type);
+        for (int64_t j = 0; j < width; j += LANES) AT(w->G + j * ROWS, i * LANES) = AT(row, j);
     }
     for (int64_t i = 0; i < s->length; i++) {
         if (i % interval == 0) memcpy(w->kept + i / interval * w->block, S, bytes);
@@ -122,16 +126,19 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
             float *state = w->states + i * w->block, *dk = w->dkq + (first + i) * 2 * width;
             load_values(c, s->b, t, hv, i_v, rows, ROWS, v);
             int64_t at = s->b * c->do_b + t * c->do_t + hv * c->do_h + i_v * c->do_v;
-            load(d_o, c->d_o, at, c->do_v, rows, c->token_type);
+            load_rows(d_o, c->d_o, at, c->do_v, rows, ROWS, c->token_type);
             retreat(w->G, state, state + w->block, width, token_of(c, &w->tokens, first + i, r), v,
                     w->x + i * ROWS, d_o, dk, dk + width,
                     w->dgates + (r * w->tokens.capacity + first + i) * 2, dv);
-            store(c->dv, ((s->b * c->T + t) * c->HV + hv) * c->V + i_v, dv, rows, c->token_type);
+            at = ((s->b * c->T + t) * c->HV + hv) * c->V + i_v;
+            store_rows(c->dv, at, dv, rows, ROWS, c->token_type);
         }
     }
     int64_t at = ((n * c->HV + hv) * c->V + i_v) * K;
-    for (int64_t i = 0; c->dinitial_state && i < rows; i++)
-        store(c->dinitial_state, at + i * K, w->G + i * width, K, c->state_type);
+    for (int64_t i = 0; c->dinitial_state && i < rows; i++) {
+        for (int64_t j = 0; j < width; j += LANES) AT(row, j) = AT(w->G + j * ROWS, i * LANES);
+        store(c->dinitial_state, at + i * K, row, K, c->state_type);
+    }
 }
 
 /* The gradient dy of what was prepared of a row of keys or queries, to that of the row itself. */

@@ -17,10 +17,10 @@ _ARGUMENTS = (
 _GRADIENTS = {name: f"d{name}" for name in ("q", "k", "v", "g", "beta", "initial_state")}
 
 
-# From this K on matrix products of chunks are faster. ms forward and backward, in C / as products
-# (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-30), at (B, T, H, HV, K, V):
-# (8, 512, 2, 4, 32, 32) 24 / 53, (4, 512, 4, 4, 64, 64) 31 / 49, (4, 256, 4, 8, 96, 96) 57 / 69,
-# (4, 256, 16, 32, 128, 128) 504 / 405.
+# From this K on matrix products of chunks are as fast or faster. ms forward and backward, in C / as
+# products (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-30), at (B, T, H, HV, K, V):
+# (8, 512, 2, 4, 32, 32) 22 / 51, (4, 512, 4, 4, 64, 64) 32 / 54, (2, 256, 8, 16, 128, 128)
+# 104 / 123, (4, 256, 16, 32, 128, 128) 478 / 412, (1, 256, 4, 8, 256, 256) 88 / 84.
 _LEAST_K_OF_PRODUCTS = 128
 
 

@@ -244,25 +244,37 @@ static inline Token token_of(const Call *c, const Scratch *w, int64_t i, int64_t
     return (Token){k, k + w->width, decays, w->gates[2 * place], w->gates[2 * place + 1]};
 }
 
-/* Values and outputs of some rows; of `all` rows with a size that the compiler knows. */
+/* A number for each of some rows; of `all` rows with a size that the compiler knows. */
+static inline void load_rows(float *to, const void *from, int64_t at, int64_t stride, int64_t rows,
+                             const int64_t all, int type)
+{
+    if (rows == all && type == FLOAT32 && stride == 1)
+        memcpy(to, (const float *)from + at, all * sizeof(float));
+    else
+        load(to, from, at, stride, rows, type);
+}
+
+static inline void store_rows(void *to, int64_t at, const float *from, int64_t rows,
+                              const int64_t all, int type)
+{
+    if (rows == all && type == FLOAT32)
+        memcpy((float *)to + at, from, all * sizeof(float));
+    else
+        store(to, at, from, rows, type);
+}
+
 static inline void load_values(const Call *c, int64_t b, int64_t t, int64_t hv, int64_t i_v,
                                int64_t rows, const int64_t all, float *v)
 {
     int64_t at = b * c->v_b + t * c->v_t + hv * c->v_h + i_v * c->v_v;
-    if (rows == all && c->token_type == FLOAT32 && c->v_v == 1)
-        memcpy(v, (const float *)c->v + at, all * sizeof(float));
-    else
-        load(v, c->v, at, c->v_v, rows, c->token_type);
+    load_rows(v, c->v, at, c->v_v, rows, all, c->token_type);
 }
 
 static inline void store_output(const Call *c, int64_t b, int64_t t, int64_t hv, int64_t i_v,
                                 int64_t rows, const int64_t all, const float *o)
 {
     int64_t at = ((b * c->T + t) * c->HV + hv) * c->V + i_v;
-    if (rows == all && c->token_type == FLOAT32)
-        memcpy((float *)c->o + at, o, all * sizeof(float));
-    else
-        store(c->o, at, o, rows, c->token_type);
+    store_rows(c->o, at, o, rows, all, c->token_type);
 }
 
 /* Where a row of a state is that a sequence reads, and writes. */
