@@ -13,14 +13,11 @@
    again. chunk_backward.py makes its `Call`; the arithmetic is float32. */
 
 #include "recurrent_call.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 enum { HALF = ROWS / 2 };
 
-/* What a task has beside `Scratch`. A block is [width / LANES, ROWS, LANES], so that a loop over the
-   channels of its rows has one address. */
+/* What a task has beside `Scratch`. A block is [width / LANES, ROWS, LANES], so that a loop over
+   the channels of its rows has one address. */
 typedef struct {
     Scratch tokens;
     float *dkq, *dgates; /* [T, 2, width], [R, T, 2]: of keys and queries as they were prepared */
@@ -90,7 +87,7 @@ static void retreat(float *G, const float *before, const float *after, int64_t w
 static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n, int64_t r,
                       int64_t hv, int64_t i_v)
 {
-    int64_t K = c->K, width = w->tokens.width, rows = c->V - i_v < ROWS ? c->V - i_v : ROWS;
+    int64_t K = c->K, width = w->tokens.width, rows = least(c->V - i_v, ROWS);
     int64_t interval = w->interval, bytes = w->block * sizeof(float);
     float v[ROWS] = {0}, d_o[ROWS] = {0}, dv[ROWS], row[MAX_K] = {0};
     float *S = w->states;
@@ -113,7 +110,7 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
     }
     int64_t last = s->length ? (s->length - 1) / interval * interval : -1;
     for (int64_t first = last; first >= 0; first -= interval) {
-        int64_t count = s->length - first < interval ? s->length - first : interval;
+        int64_t count = least(s->length - first, interval);
         memcpy(w->states, w->kept + first / interval * w->block, bytes);
         for (int64_t i = 0; i < count; i++) {
             float *state = w->states + i * w->block;
@@ -130,8 +127,7 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
             retreat(w->G, state, state + w->block, width, token_of(c, &w->tokens, first + i, r), v,
                     w->x + i * ROWS, d_o, dk, dk + width,
                     w->dgates + (r * w->tokens.capacity + first + i) * 2, dv);
-            at = ((s->b * c->T + t) * c->HV + hv) * c->V + i_v;
-            store_rows(c->dv, at, dv, rows, ROWS, c->token_type);
+            store_values(c, c->dv, s->b, t, hv, i_v, rows, ROWS, dv);
         }
     }
     int64_t at = ((n * c->HV + hv) * c->V + i_v) * K;
@@ -148,13 +144,10 @@ static void through_norm(const Call *c, const void *x, int64_t at, int64_t strid
     int64_t K = c->K, width = width_of(K);
     float row[MAX_K] = {0}, factor = scale, along = 0;
     if (c->use_qk_l2norm) {
-        Vector squares = {0}, products = {0};
+        Vector products = {0};
         load(row, x, at, stride, K, c->token_type);
-        for (int64_t j = 0; j < width; j += LANES) {
-            squares += AT(row, j) * AT(row, j);
-            products += AT(row, j) * AT(dy, j);
-        }
-        float r = 1 / sqrtf(total(squares) + 1e-6f);
+        for (int64_t j = 0; j < width; j += LANES) products += AT(row, j) * AT(dy, j);
+        float r = 1 / norm(row, width);
         factor *= r;
         along = r * r * total(products);
     }
@@ -209,31 +202,20 @@ static int64_t place(const Call *c, float *base, Room *w)
     return w->x + w->interval * ROWS - base;
 }
 
+static void run(const Call *c, const Sequence *sequences, float *memory, int64_t numbers)
+{
+#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
+    {
+        Room w;
+        place(c, memory + thread_number() * numbers, &w);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t n = 0; n < c->N; n++)
+            for (int64_t h = 0; h < c->H; h++) run_head(c, &w, &sequences[n], n, h);
+    }
+}
+
 int gdn_chunk_backward(const Call *c)
 {
     Room of_thread;
-    float *base = NULL;
-    int64_t numbers = place(c, base, &of_thread);
-    float *memory = malloc(c->threads * numbers * sizeof(float));
-    Sequence *sequences = malloc((c->N + 1) * sizeof(Sequence));
-    int result = sequences && memory ? DONE : NO_MEMORY;
-    for (int64_t n = 0; result == DONE && n < c->N; n++)
-        result = find_sequence(c, n, &sequences[n]);
-    if (result == DONE) {
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
-        {
-            int64_t thread = 0;
-#ifdef _OPENMP
-            thread = omp_get_thread_num();
-#endif
-            Room w;
-            place(c, memory + thread * numbers, &w);
-#pragma omp for collapse(2) schedule(dynamic)
-            for (int64_t n = 0; n < c->N; n++)
-                for (int64_t h = 0; h < c->H; h++) run_head(c, &w, &sequences[n], n, h);
-        }
-    }
-    free(memory);
-    free(sequences);
-    return result;
+    return run_call(c, place(c, NULL, &of_thread), run);
 }

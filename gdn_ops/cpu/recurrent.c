@@ -15,9 +15,6 @@
 
 #include "recurrent_call.h"
 #include "recurrent_tile.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -56,7 +53,7 @@ step(const float *from, float *to, int64_t K, Token a, int by_channel, const flo
 static void walk_rows(const Call *c, const Scratch *w, const Sequence *s, int64_t n, int64_t r,
                       int64_t hv, int64_t i_v)
 {
-    int64_t K = c->K, width = w->width, rows = c->V - i_v < ROWS ? c->V - i_v : ROWS;
+    int64_t K = c->K, width = w->width, rows = least(c->V - i_v, ROWS);
     int64_t first = first_row(c, s, hv, i_v), last = last_row(c, s, hv, i_v);
     float buffer[ROWS * MAX_K], v[ROWS] = {0}, o[ROWS];
     int is_direct = c->state_type == FLOAT32 && !c->columns && rows == ROWS && K == width;
@@ -74,7 +71,7 @@ static void walk_rows(const Call *c, const Scratch *w, const Sequence *s, int64_
             step(from, to, width, a, 1, v, o);
         else
             step(from, to, width, a, 0, v, o);
-        store_output(c, s->b, t, hv, i_v, rows, ROWS, o);
+        store_values(c, c->o, s->b, t, hv, i_v, rows, ROWS, o);
         if (c->columns)
             slot = integer(c->state_indices, n * c->indices_n + i * c->indices_s, c->wide_indices);
         for (int64_t x = 0; slot > c->null_index && x < rows; x++) {
@@ -93,7 +90,7 @@ static void run_task(const Call *c, const Scratch *w, const Sequence *s, int64_t
         walk_tiles(c, w, s, h, i_first, i_end);
         return;
     }
-    int64_t of_head = (c->V + TILE - 1) / TILE, R = c->HV / c->H;
+    int64_t of_head = tiles_of_head(c), R = c->HV / c->H;
     prepare(c, w, s->b, h, s->start, s->length);
     for (int64_t i = i_first; i < i_end; i++) {
         int64_t r = i / of_head, i_v = i % of_head * TILE, end = i_v + TILE;
@@ -104,7 +101,7 @@ static void run_task(const Call *c, const Scratch *w, const Sequence *s, int64_t
 /* Numbers of a thread's memory; with `base` its parts are placed. */
 static int64_t place(const Call *c, float *base, Scratch *w)
 {
-    int64_t R = c->HV / c->H, tiles = R * ((c->V + TILE - 1) / TILE);
+    int64_t R = c->HV / c->H, tiles = R * tiles_of_head(c);
     w->capacity = c->has_tiles ? SEGMENT : c->T;
     w->width = width_of(c->K);
     w->kq = base;
@@ -112,30 +109,6 @@ static int64_t place(const Call *c, float *base, Scratch *w)
     w->decays = w->gates + R * w->capacity * 2;
     w->tiles = w->decays + (c->by_channel ? R * w->capacity * w->width : 0);
     return w->tiles + (c->has_tiles ? tiles * w->width * TILE : 0) - base;
-}
-
-static void run(const Call *c, const Sequence *sequences, float *memory, int64_t numbers)
-{
-    int64_t tiles = c->HV / c->H * ((c->V + TILE - 1) / TILE), heads = c->N * c->H;
-    /* Where there are fewer heads than threads, some share one, and each prepares its tokens. */
-    int64_t parts = (c->threads + heads - 1) / heads;
-    if (parts > tiles) parts = tiles;
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
-    {
-        int64_t thread = 0;
-#ifdef _OPENMP
-        thread = omp_get_thread_num();
-#endif
-        Scratch w;
-        place(c, memory + thread * numbers, &w);
-#pragma omp for collapse(3) schedule(dynamic)
-        for (int64_t n = 0; n < c->N; n++)
-            for (int64_t h = 0; h < c->H; h++)
-                for (int64_t i = 0; i < parts; i++)
-                    if (sequences[n].is_live)
-                        run_task(c, &w, &sequences[n], n, h, i * tiles / parts,
-                                 (i + 1) * tiles / parts);
-    }
 }
 
 /* New states in pages of 2 MiB: the system hands out fresh memory a page at a time, and with pages
@@ -153,19 +126,28 @@ static void ask_for_large_pages(const Call *c)
 #endif
 }
 
+static void run(const Call *c, const Sequence *sequences, float *memory, int64_t numbers)
+{
+    int64_t tiles = c->HV / c->H * tiles_of_head(c), heads = c->N * c->H;
+    /* Where there are fewer heads than threads, some share one, and each prepares its tokens. */
+    int64_t parts = least((c->threads + heads - 1) / heads, tiles);
+    if (c->is_functional) ask_for_large_pages(c);
+#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
+    {
+        Scratch w;
+        place(c, memory + thread_number() * numbers, &w);
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int64_t n = 0; n < c->N; n++)
+            for (int64_t h = 0; h < c->H; h++)
+                for (int64_t i = 0; i < parts; i++)
+                    if (sequences[n].is_live)
+                        run_task(c, &w, &sequences[n], n, h, i * tiles / parts,
+                                 (i + 1) * tiles / parts);
+    }
+}
+
 int gdn_recurrent(const Call *c)
 {
     Scratch of_thread;
-    float *base = NULL;
-    int64_t numbers = place(c, base, &of_thread);
-    float *memory = malloc(c->threads * numbers * sizeof(float));
-    Sequence *sequences = malloc((c->N + 1) * sizeof(Sequence));
-    int result = sequences && memory ? DONE : NO_MEMORY;
-    for (int64_t n = 0; result == DONE && n < c->N; n++)
-        result = find_sequence(c, n, &sequences[n]);
-    if (result == DONE && c->is_functional) ask_for_large_pages(c);
-    if (result == DONE) run(c, sequences, memory, numbers);
-    free(memory);
-    free(sequences);
-    return result;
+    return run_call(c, place(c, NULL, &of_thread), run);
 }

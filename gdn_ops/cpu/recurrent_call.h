@@ -9,6 +9,9 @@
 #if !defined(__FLT16_MAX__) && defined(__F16C__)
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 /* Numbers of a vector, to which keys and queries are padded; rows of a state that are walked
@@ -61,6 +64,17 @@ typedef struct {
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float Quarter __attribute__((vector_size(16)));
 #define AT(p, j) (*(Vector *)((p) + (j)))
+
+static inline int64_t least(int64_t x, int64_t y)
+{
+    return x < y ? x : y;
+}
+
+/* Tiles of the state of a value head. */
+static inline int64_t tiles_of_head(const Call *c)
+{
+    return (c->V + TILE - 1) / TILE;
+}
 
 static int64_t width_of(int64_t K)
 {
@@ -138,8 +152,8 @@ static int find_sequence(const Call *c, int64_t n, Sequence *found)
         int64_t start = integer(c->cu_seqlens, n * c->cu_seqlens_n, c->wide_cu_seqlens);
         int64_t end = integer(c->cu_seqlens, (n + 1) * c->cu_seqlens_n, c->wide_cu_seqlens);
         s.b = 0;
-        s.start = start < 0 ? 0 : start > c->T ? c->T : start;
-        end = end < 0 ? 0 : end > c->T ? c->T : end;
+        s.start = start < 0 ? 0 : least(start, c->T);
+        end = least(end, c->T);
         s.length = end > s.start ? end - s.start : 0;
     }
     int64_t columns = c->columns ? c->columns : 1, accepted = 1, at = n * c->indices_n;
@@ -195,6 +209,14 @@ static inline Vector totals(const Vector *x)
            SHUFFLE(z[0], z[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
+/* What a row is divided by, which is padded with zeros. */
+static inline float norm(const float *x, int64_t width)
+{
+    Vector squares = {0};
+    for (int64_t j = 0; j < width; j += LANES) squares += AT(x, j) * AT(x, j);
+    return sqrtf(total(squares) + 1e-6f);
+}
+
 /* Keys and queries of tokens of a sequence, normalised and scaled; gates of the value heads. */
 static void prepare(const Call *c, const Scratch *w, int64_t b, int64_t h, int64_t first,
                     int64_t count)
@@ -207,13 +229,8 @@ static void prepare(const Call *c, const Scratch *w, int64_t b, int64_t h, int64
         load(k, c->k, b * c->k_b + t * c->k_t + h * c->k_h, c->k_k, K, c->token_type);
         load(q, c->q, b * c->q_b + t * c->q_t + h * c->q_h, c->q_k, K, c->token_type);
         if (c->use_qk_l2norm) {
-            Vector kk = {0}, qq = {0};
-            for (int64_t j = 0; j < K; j += LANES) {
-                kk += AT(k, j) * AT(k, j);
-                qq += AT(q, j) * AT(q, j);
-            }
-            of_k /= sqrtf(total(kk) + 1e-6f);
-            of_q /= sqrtf(total(qq) + 1e-6f);
+            of_k /= norm(k, w->width);
+            of_q /= norm(q, w->width);
         }
         for (int64_t j = 0; j < K; j++) {
             k[j] *= of_k;
@@ -270,11 +287,12 @@ static inline void load_values(const Call *c, int64_t b, int64_t t, int64_t hv, 
     load_rows(v, c->v, at, c->v_v, rows, all, c->token_type);
 }
 
-static inline void store_output(const Call *c, int64_t b, int64_t t, int64_t hv, int64_t i_v,
-                                int64_t rows, const int64_t all, const float *o)
+/* Rows of `to`, `[B, T, HV, V]`: the output, or the gradient of the values. */
+static inline void store_values(const Call *c, void *to, int64_t b, int64_t t, int64_t hv,
+                                int64_t i_v, int64_t rows, const int64_t all, const float *from)
 {
     int64_t at = ((b * c->T + t) * c->HV + hv) * c->V + i_v;
-    store_rows(c->o, at, o, rows, all, c->token_type);
+    store_rows(to, at, from, rows, all, c->token_type);
 }
 
 /* Where a row of a state is that a sequence reads, and writes. */
@@ -286,4 +304,29 @@ static inline int64_t first_row(const Call *c, const Sequence *s, int64_t hv, in
 static inline int64_t last_row(const Call *c, const Sequence *s, int64_t hv, int64_t i_v)
 {
     return s->write * c->state_n + hv * c->state_h + i_v * c->K;
+}
+
+/* The number of this thread among those of a call. */
+static inline int64_t thread_number(void)
+{
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* A call: `run` has the sequences and for each thread memory of `numbers`. */
+static int run_call(const Call *c, int64_t numbers,
+                    void (*run)(const Call *, const Sequence *, float *, int64_t))
+{
+    float *memory = malloc(c->threads * numbers * sizeof(float));
+    Sequence *sequences = malloc((c->N + 1) * sizeof(Sequence));
+    int result = sequences && memory ? DONE : NO_MEMORY;
+    for (int64_t n = 0; result == DONE && n < c->N; n++)
+        result = find_sequence(c, n, &sequences[n]);
+    if (result == DONE) run(c, sequences, memory, numbers);
+    free(memory);
+    free(sequences);
+    return result;
 }

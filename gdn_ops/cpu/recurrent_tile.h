@@ -30,7 +30,7 @@ step_of_tile(float *tile, int64_t width, Token a, Token next, int by_channel, co
 /* Rows of a state from memory to their tile. */
 static void load_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v, float *tile)
 {
-    int64_t K = c->K, rows = c->V - i_v < TILE ? c->V - i_v : TILE;
+    int64_t K = c->K, rows = least(c->V - i_v, TILE);
     float row[MAX_K];
     memset(tile, 0, width_of(K) * TILE * sizeof(float));
     for (int64_t r = 0; s->has_state && r < rows; r++) {
@@ -41,7 +41,7 @@ static void load_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v,
 
 static void store_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v, const float *tile)
 {
-    int64_t K = c->K, rows = c->V - i_v < TILE ? c->V - i_v : TILE;
+    int64_t K = c->K, rows = least(c->V - i_v, TILE);
     float row[MAX_K];
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t j = 0; j < K; j++) row[j] = tile[j * TILE + r];
@@ -53,7 +53,7 @@ static void store_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v
 static void walk_tile(const Call *c, const Scratch *w, const Sequence *s, int64_t t, int64_t count,
                       int64_t r, int64_t hv, int64_t i_v, float *tile)
 {
-    int64_t K = c->K, rows = c->V - i_v < TILE ? c->V - i_v : TILE;
+    int64_t K = c->K, rows = least(c->V - i_v, TILE);
     float v[TILE] = {0}, o[TILE];
     Vector S_k[2] = {0}, S_q[2], u[2];
     Token a, next = token_of(c, w, 0, r);
@@ -73,7 +73,7 @@ static void walk_tile(const Call *c, const Scratch *w, const Sequence *s, int64_
         else
             step_of_tile(tile, w->width, a, next, 0, u, S_k, S_q);
         memcpy(o, S_q, sizeof(o));
-        store_output(c, s->b, t + i, hv, i_v, rows, TILE, o);
+        store_values(c, c->o, s->b, t + i, hv, i_v, rows, TILE, o);
     }
 }
 
@@ -81,11 +81,11 @@ static void walk_tile(const Call *c, const Scratch *w, const Sequence *s, int64_
 static void walk_tiles(const Call *c, const Scratch *w, const Sequence *s, int64_t h,
                        int64_t i_first, int64_t i_end)
 {
-    int64_t of_head = (c->V + TILE - 1) / TILE, R = c->HV / c->H;
+    int64_t of_head = tiles_of_head(c), R = c->HV / c->H;
     for (int64_t i = i_first; i < i_end; i++)
         load_tile(c, s, h * R + i / of_head, i % of_head * TILE, w->tiles + i * w->width * TILE);
     for (int64_t t = 0; t < s->length; t += w->capacity) {
-        int64_t count = s->length - t < w->capacity ? s->length - t : w->capacity;
+        int64_t count = least(s->length - t, w->capacity);
         prepare(c, w, s->b, h, s->start + t, count);
         for (int64_t i = i_first; i < i_end; i++) {
             int64_t r = i / of_head, i_v = i % of_head * TILE;
