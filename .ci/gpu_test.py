@@ -108,9 +108,10 @@ def starts_roles(place: str) -> bool:
     """Whether it is the line of a kernel's name, or the one that starts its roles."""
     found = re.search(r" in (?:.*/)?(\w+\.py):(\d+)$", place)
     source = found and ROOT / "gdn_ops" / "kernels" / found.group(1)
-    if not source or not source.exists() or "warp_specialize(" not in source.read_text():
+    text = source.read_text() if source and source.exists() else ""
+    if "warp_specialize(" not in text:
         return False
-    lines = source.read_text().splitlines()[int(found.group(2)) - 1 :]
+    lines = text.splitlines()[int(found.group(2)) - 1 :]
     # Triton gives the call the line of the condition that it is under.
     return lines[0].startswith("def ") or any("warp_specialize(" in line for line in lines[:2])
 

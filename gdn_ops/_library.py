@@ -81,14 +81,6 @@ def _with_kernels(
 
     plans = Plans()
 
-    def is_served(args: tuple[Any, ...], keywords: dict[str, Any], kernels: Any) -> bool:
-        reason = "triton is not installed" if kernels is None else kernels.supports(*args)
-        if reason is not None:
-            _say_once(f"{name}: runs in plain PyTorch: {reason}")
-            return False
-        fake(*args, **keywords)  # raises what the operator raises; its outputs are dropped
-        return True
-
     def on_gpu(*args: Any, **keywords: Any) -> Any:
         match, plan = plans.recent
         found = match(args, keywords)
@@ -107,8 +99,11 @@ def _with_kernels(
 
     def first(args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any]:
         """The result, and the plan for the calls that follow."""
-        if not is_served(args, keywords, _load(module)):
+        kernels = _load(module)
+        reason = "triton is not installed" if kernels is None else kernels.supports(*args)
+        if not _is_served(name, reason):
             return reference(*args, **keywords), None
+        fake(*args, **keywords)  # raises what the operator raises; its outputs are dropped
         if check_data is not None and debug():
             check_data(*args, **keywords)
         call = functools.partial(getattr(_load(module), function), *args, **keywords)
@@ -138,12 +133,10 @@ def _in_c(
         if found is None:
             plan, found = plans.find(args, keywords)
         if plan is None:
-            fake(*args, **keywords)  # raises what the operator raises; its outputs are dropped
             kernels = importlib.import_module(f"{__package__}.cpu.{module}")
-            reason = kernels.supports(name, args, keywords)
-            if reason is not None:
-                _say_once(f"{name}: runs in plain PyTorch: {reason}")
+            if not _is_served(name, kernels.supports(name, args, keywords)):
                 return reference(*args, **keywords)
+            fake(*args, **keywords)  # raises what the operator raises; its outputs are dropped
             plans.add(args, keywords, kernels.Plan(name, args, keywords))
             plan, found = plans.find(args, keywords)
         if check_data is not None and debug():
@@ -153,6 +146,13 @@ def _in_c(
         return reference(*args, **keywords) if result is None else result
 
     return on_cpu
+
+
+def _is_served(name: str, reason: str | None) -> bool:
+    """Whether there is no reason against it; one is said, once."""
+    if reason is not None:
+        _say_once(f"{name}: runs in plain PyTorch: {reason}")
+    return reason is None
 
 
 def _current_device(device: torch.device) -> Any:

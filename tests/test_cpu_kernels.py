@@ -20,7 +20,8 @@ from tolerance import assert_bitwise_equal
 
 import gdn_ops
 from gdn_ops.cpu import build
-from gdn_ops.cpu.recurrent import Call, Plan
+from gdn_ops.cpu.call import Call
+from gdn_ops.cpu.recurrent import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

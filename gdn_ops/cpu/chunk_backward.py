@@ -1,14 +1,12 @@
 """Calling chunk_backward.c: the gradients of ``chunk`` and ``recurrent`` on a CPU."""
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .build import load
-from .recurrent import NO_MEMORY, Call, most_threads, new_call, refusal, set_states, set_strides
+from .call import CallPlan, refusal, set_states, set_strides
 
 _ARGUMENTS = (
     *("d_o", "dfinal_state", "q", "k", "v", "g", "beta"),
@@ -28,7 +26,7 @@ def supports(name: str, args: Sequence[Tensor | None], keywords: dict[str, Any])
     """Why a call cannot be served, in words for its caller; None where it can."""
     tensors: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False))
     q, initial_state = tensors["q"], tensors.get("initial_state")
-    if q.shape[3] >= _LEAST_K_OF_PRODUCTS:
+    if q.dim() == 4 and q.shape[3] >= _LEAST_K_OF_PRODUCTS:
         return "matrix products are faster for such keys"
     state = torch.float32 if initial_state is None else initial_state.dtype
     for x, dtype in ((tensors["d_o"], q.dtype), (tensors["dfinal_state"], state)):
@@ -37,14 +35,13 @@ def supports(name: str, args: Sequence[Tensor | None], keywords: dict[str, Any])
     return refusal("chunk_backward", tensors)
 
 
-class Plan:
-    """All of a call but its addresses: calls of one key (``_plans.py``) have one plan."""
+class Plan(CallPlan):
+    """Of a call that ``supports`` serves."""
 
     def __init__(self, name: str, args: Sequence[Tensor | None], keywords: dict[str, Any]) -> None:
-        """Of a checked call, which ``supports`` serves."""
         tensors = dict(zip(_ARGUMENTS, args, strict=False))
-        self._names = [key for key, x in tensors.items() if x is not None]
-        self._call = call = new_call(tensors, keywords)
+        super().__init__("chunk_backward", tensors, keywords)
+        call = self._call
         call.is_functional = True
         set_states(call, tensors)
         set_strides(call, "do", tensors["d_o"], "bthv")
@@ -57,21 +54,16 @@ class Plan:
         ]
         # Tokens of no sequence are not written.
         self._empty = torch.empty if tensors.get("cu_seqlens") is None else torch.zeros
-        self._most_threads = min(most_threads(call), call.N * call.H)
-        self._function = load("chunk_backward").gdn_chunk_backward  # type: ignore[union-attr]
+        self._most_threads = min(self._most_threads, call.N * call.H)
 
     def __call__(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> Any:
         """The gradients; an empty tensor for that of an input that is None."""
-        call = Call.from_buffer_copy(self._call)  # calls of other threads have their own
-        for name, pointer in zip(self._names, pointers, strict=True):
-            setattr(call, name, pointer)
+        call = self.begin(pointers)
         gradients = []
         for name, (shape, dtype) in self._new:
             gradient = self._empty(shape, dtype=dtype)
             if gradient.numel():
                 setattr(call, name, gradient.data_ptr())
             gradients.append(gradient)
-        call.threads = min(self._most_threads, torch.get_num_threads())
-        if self._function(ctypes.byref(call)) == NO_MEMORY:
-            raise MemoryError("chunk_backward: no memory for keys and queries in float32")
+        self.run(call)
         return tuple(gradients)

@@ -2,7 +2,7 @@
 
        S <- exp(g) S + u k^T     u = beta (v - exp(g) S k)     o = scale S q
 
-   Built where it is first called (build.py); recurrent.py makes its `Call`. A task is a sequence, a
+   Built where it is first called (build.py); recurrent.py and call.py make its `Call`. A task is a sequence, a
    key head and some of the rows of its value heads' states. Keys and queries are made float32,
    normalised and scaled; the arithmetic is float32.
 
