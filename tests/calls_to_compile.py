@@ -3,7 +3,7 @@
 import torch
 from launches_to_compile import HV, H, K, V, integers, new, states, tokens
 
-from benchmarks.static.calls import plainly
+from benchmarks.static.calls import in_two_kernels, plainly
 from gdn_ops.kernels import causal_conv1d as conv
 from gdn_ops.kernels import causal_conv1d_backward as conv_backward
 from gdn_ops.kernels import chunk, chunk_backward, recurrent
@@ -120,6 +120,11 @@ CALLS = {
     "prefill": lambda: prefill(16),
     "prefill of one": lambda: prefill(1),
     "prefill without norm": lambda: prefill(16, l2norm=False),
+    "prefill in two kernels": lambda: in_two_kernels(lambda: prefill(16)),
+    "prefill in two kernels without norm": lambda: in_two_kernels(
+        lambda: prefill(16, l2norm=False)
+    ),
+    "prefill in two kernels pool": lambda: in_two_kernels(prefill_pool),
     "prefill fp16": lambda: prefill(16, FP16),
     "prefill plain": lambda: plainly(lambda: prefill(16)),
     "prefill plain of one": lambda: plainly(lambda: prefill(1)),

@@ -17,7 +17,7 @@ import torch
 from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_state
 
 import gdn_ops
-from gdn_ops.kernels import chunk
+from gdn_ops.kernels import chunk, chunk_fused
 from gdn_ops.kernels.chunk_segments import Split
 from gdn_ops.kernels.configs import gpu_at
 
@@ -63,6 +63,21 @@ def segments(dtype, packed, sizes):
         chunk.chunk_(*tokens, pool, slots, cu_seqlens=bounds, use_qk_l2norm=packed)
 
 
+def in_one_kernel(dtype, packed, sizes):
+    """A prefill on a pool by the kernel that else serves those that fill the GPU."""
+    _, HV, K, V = sizes
+    if not chunk_fused.is_faster(K, V, dtype, 1000 * HV, gpu_at(0)):
+        return
+    shape = (1, sum(LENGTHS) + 165) if packed else (len(LENGTHS), 260)
+    lengths = (*LENGTHS[:-1], LENGTHS[-1] + 160)
+    bounds = cu_seqlens(lengths, device="cuda") if packed else None
+    tokens = make_inputs(*shape, *sizes, dtype, device="cuda")
+    pool = make_state(5, HV, V, K, device="cuda")
+    slots = indices([4, -1, 2], device="cuda")
+    with mock.patch.object(chunk, "is_faster", return_value=True):
+        chunk.chunk_(*tokens, pool, slots, cu_seqlens=bounds, use_qk_l2norm=packed)
+
+
 def convolution(dtype, packed, D):
     """Whole sequences and their gradients, then the next tokens on a pool."""
     N, W = len(LENGTHS), 4
@@ -88,6 +103,7 @@ def main(names, with_descriptors):
         for sizes in SIZES:
             delta_rule(dtypes[name], packed, sizes)
             segments(dtypes[name], packed, sizes)
+            in_one_kernel(dtypes[name], packed, sizes)
         for D in (256, 42):
             convolution(dtypes[name], packed, D)
         torch.cuda.synchronize()

@@ -149,7 +149,12 @@ def facts(compiler, case):
 TUNED = [case for case in LAUNCHES if case.arch == "sm_90" or case.call != "gradient"] + LOWERED
 
 
-@pytest.mark.parametrize("case", _params(TUNED))
+# Roles of warps are branches of one loop, so that all of a prefill in one kernel is in a loop; what
+# its own loops spill has a test below.
+IN_LOOPS = [case for case in TUNED if case.kernel != "fused_hopper"]
+
+
+@pytest.mark.parametrize("case", _params(IN_LOOPS))
 def test_no_register_is_spilled_in_a_loop(facts):
     assert facts.spills_in_loops == 0
 
@@ -206,6 +211,27 @@ def test_each_role_of_a_scan_for_hopper_has_its_loop_and_spills_nothing(facts, c
     assert facts.spills == facts.stack == 0
     # The warps of loading are rounded up to a group.
     assert facts.num_warps == 4 * groups + 4
+    assert facts.registers * 32 * facts.num_warps <= find_arch("sm_90").registers
+
+
+@pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel == "fused_hopper"]))
+def test_each_role_of_a_prefill_in_one_kernel_has_its_loop(facts, case):
+    products = sorted(loop["HGMMA"] for loop in facts.loops if loop.get("HGMMA"))
+    # Of invert two parts of [64, 64] by [64, 64], then one; of each walk what a scan has, and
+    # [64, 128] by [128, 64], with norms of queries once more; 16 deep.
+    norms = 8 if case.launch.args["USE_QK_L2NORM"] else 0
+    assert products == [3 * 4, 28 + 8, 28 + 8 + norms]
+    walks = [loop for loop in facts.loops if loop.get("HGMMA", 0) > 12]
+    # Of 900 instructions for a chunk: an address that is not kept in a register.
+    spills = [loop.get("LDL", 0) + loop.get("STL", 0) for loop in facts.loops if "HGMMA" in loop]
+    assert max(spills) <= 3
+    assert all(loop["UTMASTG"] == 1 for loop in walks)
+    assert not any(loop.get("LDG", 0) + loop.get("STG", 0) for loop in walks)
+    (load,) = [loop for loop in facts.loops if loop.get("UTMALDG")]
+    assert not load.get("HGMMA")
+    # It has 24 registers, and waits for most of the time.
+    assert load.get("LDL", 0) + load.get("STL", 0) <= 5
+    assert facts.num_warps == 16
     assert facts.registers * 32 * facts.num_warps <= find_arch("sm_90").registers
 
 

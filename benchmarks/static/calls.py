@@ -79,6 +79,12 @@ def plainly(call: Callable[[], None]) -> None:
         call()
 
 
+def in_two_kernels(call: Callable[[], None]) -> None:
+    """By prepare and scan, as calls that leave multiprocessors idle."""
+    with mock.patch.object(chunk, "is_faster", return_value=False):
+        call()
+
+
 def prefill_segments() -> None:
     """Few heads, as a rank of tensor parallelism has, and tokens for several segments."""
     few = Heads(2, 4)
@@ -138,6 +144,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=128, bf16, segments": prefill_segments,
     "prefill K=128, bf16, pointers": prefill_pointers,
     "prefill K=128, bf16, packed, pool": prefill_pool,
+    "prefill K=128, bf16, two kernels": lambda: in_two_kernels(lambda: prefill(16)),
+    "prefill K=128, bf16, packed, pool, two kernels": lambda: in_two_kernels(prefill_pool),
     "prefill K=128, bf16, plain": lambda: plainly(lambda: prefill(16)),
     "prefill K=128, bf16, one sequence, plain": lambda: plainly(lambda: prefill(1)),
     "prefill K=128, bf16, segments, plain": lambda: plainly(prefill_segments),

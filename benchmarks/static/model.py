@@ -121,6 +121,7 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "chain": _segments,
     "scan": _segment_chunks,
     "scan_hopper": _segment_chunks,
+    "fused_hopper": lambda args: (cdiv(args["T"], 64),),
     "chunk_replay": _chunks,
     "chunk_reverse": _chunks,
     "chunk_gradients": lambda args: (args["HV"] // args["H"], cdiv(args["V"], args["BV"])),

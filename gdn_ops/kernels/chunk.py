@@ -1,7 +1,8 @@
 """Launching the kernels of the chunked gated delta rule: prefill, and the forward of training.
 
 Two kernels: ``prepare_kernel`` (chunk_prepare.py), parallel over chunks, and ``scan_kernel``
-(chunk_scan.py, or its twin for Hopper), which walks them. Shapes decide all, no data are read.
+(chunk_scan.py, or its twin for Hopper), which walks them; or one on Hopper (chunk_fused.py). Shapes
+decide all, no data are read.
 """
 
 import functools
@@ -12,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk_fused import is_faster, launch_fused
 from .chunk_hopper import pick_scan
 from .chunk_prepare import prepare_kernel
 from .chunk_segments import BN, WHOLE, choose, enter_segments
 from .configs import PREPARE_WARPS, SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
-from .launch import launch, strides
+from .launch import fits_descriptor, launch, strides
 from .plan import new_scratch
 
 
@@ -134,19 +136,6 @@ def prepare_choice(
 _gpu_at = functools.cache(gpu_at)
 
 
-def _fits_descriptor(*tensors: Tensor) -> bool:
-    """Whether every row of every head starts and ends at a multiple of 16 bytes, without gaps.
-
-    A descriptor that ends elsewhere is not cut where it ends (Triton's issue 11583).
-    """
-    for x in tensors:
-        size = x.element_size()
-        b, t, h, d = x.stride()
-        if d != 1 or (x.data_ptr() | b * size | t * size | h * size | x.shape[3] * size) % 16:
-            return False
-    return True
-
-
 # Of float32 products: of the inverse, and with float32 inputs of all others.
 PRECISION = "ieee"
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -250,13 +239,23 @@ def _launch(
     is_packed = cu_seqlens is not None
     gpu = _gpu_at(q.device.index)
     # Descriptors are of use where tensor cores read what they load.
-    use_descriptors = gpu.has_descriptors and q.dtype != torch.float32 and _fits_descriptor(q, k, v)
+    use_descriptors = gpu.has_descriptors and q.dtype != torch.float32 and fits_descriptor(q, k, v)
+    if use_descriptors:
+        triton.set_allocator(new_scratch)
+    scale = K**-0.5 if scale is None else scale
+    if T and use_descriptors and is_faster(K, V, q.dtype, (N - is_packed) * HV, gpu):
+        return launch_fused(
+            *(q, k, v, g, beta, state, final_state),
+            *(state_indices, has_initial_state, cu_seqlens, read_indices),
+            is_pool=is_pool,
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+            null_index=null_index,
+        )
     tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
     G, inverse, weights = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    is_late = use_descriptors and stores_late(tiles, gpu) and _fits_descriptor(o)
-    if use_descriptors:
-        triton.set_allocator(new_scratch)
+    is_late = use_descriptors and stores_late(tiles, gpu) and fits_descriptor(o)
     constants = {
         "USE_QK_L2NORM": use_qk_l2norm,
         "USE_DESCRIPTORS": use_descriptors,
@@ -311,7 +310,7 @@ def _launch(
             T,
             None if segment_states is None else B,
         ),
-        scale=K**-0.5 if scale is None else scale,
+        scale=scale,
         null_index=null_index,
         H=H,
         HV=HV,

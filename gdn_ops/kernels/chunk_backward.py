@@ -21,7 +21,7 @@ from .chunk_backward_gradients import chunk_gradients_kernel
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
 from .configs import TRITON, Gpu
-from .launch import OPTIONS, strides
+from .launch import OPTIONS, fits_descriptor, strides
 from .plan import new_scratch
 
 # Bounds of sequences that a program reads at once to find its chunk.
@@ -108,7 +108,7 @@ def _use_descriptors(gpu: Gpu, *tensors: Tensor) -> bool:
     is_expanded = any(0 in x.stride() for x in tensors)
     is_reduced = tensors[0].dtype != torch.float32
     may_be_used = gpu.has_descriptors and is_reduced and not is_expanded
-    return may_be_used and chunk._fits_descriptor(*tensors)
+    return may_be_used and fits_descriptor(*tensors)
 
 
 def chunk_backward(

@@ -49,3 +49,16 @@ def strides(x: Tensor | None, rank: int) -> tuple[int, ...]:
         return (0,) * rank
     own: tuple[int, ...] = x.stride()
     return own if len(own) == rank else (*own, *(0,) * (rank - len(own)))
+
+
+def fits_descriptor(*tensors: Tensor) -> bool:
+    """Whether every row of every head starts and ends at a multiple of 16 bytes, without gaps.
+
+    A descriptor that ends elsewhere is not cut where it ends (Triton's issue 11583).
+    """
+    for x in tensors:
+        size = x.element_size()
+        b, t, h, d = x.stride()
+        if d != 1 or (x.data_ptr() | b * size | t * size | h * size | x.shape[3] * size) % 16:
+            return False
+    return True
