@@ -1,138 +1,267 @@
-/* The gradient of the gated delta rule on a CPU, token by token: of chunk and of recurrent.
+/* The gradient of the gated delta rule on a CPU, in chunks: of chunk and of recurrent.
 
-   With G the gradient of the state after a token, S and S' the states before and after it, d its
-   decay, x = v - d S k and u = beta x, from the last token to the first
+   Of a chunk with S and S' the states before and after it, G the gradient of S', D_ij the decay from
+   token j to token i (zero for j > i), d_i that from before the chunk to token i, t_i that from
+   token i to its end,
 
-       G  <- G + do q^T                  dq += S'^T do
-       e   = beta G k                    dv  = e          dbeta = <G k, x>
-       dk += G^T u - d S^T e             dg  = d <G, S> - <e, v - x>
-       G  <- d (G - e k^T)
+       x_i = v_i - d_i S k_i - sum over j < i of D_ij <k_i, k_j> u_j          u_i = beta_i x_i
+       S'  = d S + sum of t_i u_i k_i^T
+       y_j = t_j G k_j + sum over i of D_ij <q_i, k_j> do_i - sum over i > j of D_ij <k_i, k_j> e_i
+       e_j = beta_j y_j = dv_j          dbeta_j = <y_j, x_j>
+       G  <- d G + sum of d_i do_i q_i^T - d_i e_i k_i^T
+       dq_i  = d_i S^T do_i + sum over j of D_ij <do_i, u_j> k_j
+       dk_i  = t_i G^T u_i - d_i S^T e_i + what <q, k> and <k, k> pass on
 
-   A task is a sequence and key head. It walks ROWS rows of a state at a time, twice: forwards, and
-   keeps every INTERVAL-th state; then backwards through the intervals, whose states are computed
-   again. chunk_backward.py makes its `Call`; the arithmetic is float32. */
+   and the gradient of a log decay is the sum, over all terms that it is in, of term and gradient.
+   All but the two triangular solves are matrix products, of CHUNK tokens (products.h).
+
+   A task is a sequence and key head. It walks at most PANEL rows of a state at a time, forwards, and
+   keeps the states before the chunks; then backwards. A state is [K, rows], so that its rows are
+   lanes. chunk_backward.py makes its `Call`; the arithmetic is float32. */
 
 #include "recurrent_call.h"
 
-enum { HALF = ROWS / 2 };
+#include "products.h"
 
-/* What a task has beside `Scratch`. A block is [width / LANES, ROWS, LANES], so that a loop over
-   the channels of its rows has one address. */
+enum { CHUNK = 16, PANEL = 64, PAIRS = CHUNK * CHUNK };
+
+/* What a task has beside `Scratch`. Tokens of a chunk that the sequence has not are zero. */
 typedef struct {
     Scratch tokens;
-    float *dkq, *dgates; /* [T, 2, width], [R, T, 2]: of keys and queries as they were prepared */
-    float *G, *states, *kept; /* a block, interval + 1 blocks, a block for each interval */
-    float *x;                 /* [interval, ROWS] */
-    int64_t block, interval;
+    float *kq_by_channel, *dkq; /* [chunks, width, 2, CHUNK]: keys, then queries; their gradients */
+    float *pairs, *dpairs;      /* [chunks, 2, CHUNK, CHUNK]: <k_i, k_j> and <q_i, k_j>; gradients */
+    float *dgates;              /* [R, capacity, 2] */
+    float *states, *G;          /* [chunks, width, panel], [width, panel] */
+    float *x;                   /* [capacity, panel] */
+    int64_t panel;
 } Room;
 
-/* S k, x and the state after a token. */
-static void advance(const float *from, float *to, int64_t width, Token a, const float *v, float *x)
+/* Of one chunk and value head. */
+typedef struct {
+    float from_start[CHUNK], to_end[CHUNK], beta[CHUNK];
+    float D[CHUNK][CHUNK], KK[CHUNK][CHUNK], QK[CHUNK][CHUNK];
+} Gates;
+
+static int64_t chunks_of(int64_t tokens)
 {
-    Vector sums[ROWS] = {0};
-    float u[ROWS];
-    for (int64_t j = 0; j < width; j += LANES)
-        for (int r = 0; r < ROWS; r++) sums[r] += AT(from + j * ROWS, r * LANES) * AT(a.k, j);
-    AT(x, 0) = AT(v, 0) - totals(sums) * a.decay;
-    AT(u, 0) = AT(x, 0) * a.beta;
-    for (int64_t j = 0; j < width; j += LANES)
-        for (int r = 0; r < ROWS; r++) {
-            Vector S = AT(from + j * ROWS, r * LANES) * a.decay;
-            AT(to + j * ROWS, r * LANES) = S + AT(a.k, j) * u[r];
-        }
+    return (tokens + CHUNK - 1) / CHUNK;
 }
 
-/* A token backwards: G, and the gradients of its key, query, gates and values. */
-static void retreat(float *G, const float *before, const float *after, int64_t width, Token a,
-                    const float *v, const float *x, const float *d_o, float *dk, float *dq,
-                    float *dgates, float *dv)
+/* Numbers in whole rows of `product`. */
+static int64_t whole(int64_t x)
 {
-    /* Half of the rows at a time, whose sums the registers hold. */
-    Vector sums[ROWS] = {0}, of_decay[HALF] = {0};
-    float of_o[ROWS], u[ROWS], decayed[ROWS];
-    memcpy(of_o, d_o, sizeof(of_o));
-    for (int first = 0; first < ROWS; first += HALF)
-        for (int64_t j = 0; j < width; j += LANES) {
-            Vector k_j = AT(a.k, j), q_j = AT(a.q, j), dq_j = AT(dq, j);
-            for (int r = first; r < first + HALF; r++) {
-                Vector G_j = AT(G + j * ROWS, r * LANES) + q_j * of_o[r];
-                AT(G + j * ROWS, r * LANES) = G_j;
-                sums[r] += G_j * k_j;
-                of_decay[r % HALF] += G_j * AT(before + j * ROWS, r * LANES);
-                dq_j += AT(after + j * ROWS, r * LANES) * of_o[r];
-            }
-            AT(dq, j) = dq_j;
-        }
-    Vector G_k = totals(sums), e = G_k * a.beta;
-    AT(dv, 0) = e;
-    AT(u, 0) = AT(x, 0) * a.beta;
-    AT(decayed, 0) = e * a.decay;
-    Vector of_pairs = (of_decay[0] + of_decay[1]) + (of_decay[2] + of_decay[3]);
-    dgates[0] += total(of_pairs * a.decay - e * (AT(v, 0) - AT(x, 0)));
-    dgates[1] += total(G_k * AT(x, 0));
-    for (int first = 0; first < ROWS; first += HALF)
-        for (int64_t j = 0; j < width; j += LANES) {
-            Vector k_j = AT(a.k, j), dk_j = AT(dk, j);
-            for (int r = first; r < first + HALF; r++) {
-                Vector G_j = AT(G + j * ROWS, r * LANES);
-                dk_j += G_j * u[r];
-                dk_j -= AT(before + j * ROWS, r * LANES) * decayed[r];
-                AT(G + j * ROWS, r * LANES) = G_j * a.decay - k_j * decayed[r];
-            }
-            AT(dk, j) = dk_j;
-        }
+    return (x + 15) / 16 * 16;
 }
 
-/* Rows `i_v` to `i_v + ROWS - 1` of a state, forwards and back. */
+static float *dpairs_of(const Room *w, int64_t chunk)
+{
+    return w->dpairs + chunk * 2 * PAIRS;
+}
+
+static void find_gates(const Room *w, int64_t chunk, int64_t r, Gates *of)
+{
+    const float *gates = w->tokens.gates + (r * w->tokens.capacity + chunk * CHUNK) * 2;
+    const float *pairs = w->pairs + chunk * 2 * PAIRS;
+    float decay = 1;
+    for (int i = 0; i < CHUNK; i++) {
+        float d = gates[2 * i];
+        /* Not below the smallest normal number, since arithmetic beyond it is slow. */
+        decay = decay * d < 1e-37f ? 0 : decay * d;
+        of->from_start[i] = decay;
+        of->beta[i] = gates[2 * i + 1];
+        for (int j = 0; j < CHUNK; j++) {
+            float D = i ? of->D[i - 1][j] * d : 0;
+            of->D[i][j] = D < 1e-37f ? 0 : D;
+        }
+        for (int j = 0; j < CHUNK; j++) of->KK[i][j] = of->D[i][j] * pairs[i * CHUNK + j];
+        of->D[i][i] = 1;
+        for (int j = 0; j < CHUNK; j++) of->QK[i][j] = of->D[i][j] * pairs[PAIRS + i * CHUNK + j];
+    }
+    memcpy(of->to_end, of->D[CHUNK - 1], sizeof(of->to_end));
+}
+
+/* x and u of a chunk, from v in `x`; S is the state before it. */
+static void solve(const Room *w, const Gates *of, const float *k, float *S, float *x, float *u)
+{
+    int64_t width = w->tokens.width, P = w->panel;
+    float S_k[CHUNK * PANEL];
+    product((Rows){S_k, P}, 0, (Rows){0}, (Left){k, 2 * width, 1}, (Rows){S, P}, CHUNK, P, width);
+    for (int64_t j = 0; j < P; j += WIDE) {
+        Wide of_x[CHUNK];
+        for (int i = 0; i < CHUNK; i++)
+            of_x[i] = WIDE_AT(x + i * P, j) - WIDE_AT(S_k + i * P, j) * of->from_start[i];
+        for (int i = 0; i < CHUNK; i++) {
+            Wide u_i = of_x[i] * of->beta[i];
+            WIDE_AT(x + i * P, j) = of_x[i];
+            WIDE_AT(u + i * P, j) = u_i * of->to_end[i];
+            for (int l = i + 1; l < CHUNK; l++) of_x[l] -= u_i * of->KK[l][i];
+        }
+    }
+}
+
+/* The gradients of a chunk's x, in dR, and of its values, beside do in `rows` [CHUNK, 2, panel]. */
+static void find_row_gradients(const Room *w, const Gates *of, const float *k, float *rows,
+                               float *dR)
+{
+    int64_t width = w->tokens.width, P = w->panel;
+    product((Rows){dR, P}, 0, (Rows){0}, (Left){k, 2 * width, 1}, (Rows){w->G, P}, CHUNK, P, width);
+    for (int i = 0; i < CHUNK; i++)
+        for (int64_t j = 0; j < P; j++) dR[i * P + j] *= of->to_end[i];
+    product((Rows){dR, P}, 1, (Rows){dR, P}, (Left){of->QK[0], 1, CHUNK}, (Rows){rows + P, 2 * P},
+            CHUNK, P, CHUNK);
+    for (int64_t j = 0; j < P; j += WIDE) {
+        Wide y[CHUNK];
+        for (int i = 0; i < CHUNK; i++) y[i] = WIDE_AT(dR + i * P, j);
+        for (int i = CHUNK - 1; i >= 0; i--) {
+            Wide e = y[i] * of->beta[i];
+            WIDE_AT(dR + i * P, j) = y[i];
+            WIDE_AT(rows + 2 * i * P, j) = e;
+            for (int l = 0; l < i; l++) y[l] -= e * of->KK[i][l];
+        }
+    }
+}
+
+/* What a chunk's products of keys and queries, and its gates, have of `of_rows`, [e; do] u^T, and of
+   `of_end`, <t_i G^T u_i, k_i>. dG has what the decays from the start have. */
+static void add_pairs(const Gates *of, const float *of_rows, const float *of_end, float of_state,
+                      float *dG, float *dpairs, float *dgates)
+{
+    float terms[CHUNK][CHUNK], by_column[CHUNK][CHUNK];
+    for (int i = 0; i < CHUNK; i++) {
+        const float *of_v = of_rows + 2 * i * CHUNK, *of_o = of_v + CHUNK;
+        float *dKK = dpairs + i * CHUNK, *dQK = dKK + PAIRS;
+        of_state += of_end[i];
+        for (int j = 0; j < CHUNK; j++) {
+            terms[i][j] = of->QK[i][j] * of_o[j] - of->KK[i][j] * of_v[j];
+            dKK[j] -= of->D[i][j] * of_v[j];
+            dQK[j] += of->D[i][j] * of_o[j];
+        }
+    }
+    transpose((Rows){by_column[0], CHUNK}, (Rows){terms[0], CHUNK}, CHUNK, CHUNK);
+    for (int i = 0; i < CHUNK; i++)
+        for (int j = 0; j < CHUNK; j++) dG[j] += by_column[i][j] - terms[i][j];
+    /* A log decay is in all sums from it on. */
+    for (int i = CHUNK - 1; i >= 0; i--) {
+        of_state += dG[i] - of_end[i];
+        dgates[2 * i] += of_state;
+    }
+}
+
+/* A chunk backwards: G, the gradients of its values, and what the others have of these rows of the
+   state. `rows`, [CHUNK, 2, panel], has do in its second half; the first becomes dv. */
+static void retreat(const Room *w, const Gates *of, int64_t chunk, const float *x, float *rows,
+                    float *dgates)
+{
+    int64_t width = w->tokens.width, P = w->panel;
+    const float *kq = w->tokens.kq + chunk * CHUNK * 2 * width;
+    const float *by_channel = w->kq_by_channel + chunk * 2 * width * CHUNK;
+    float *S = w->states + chunk * width * P, *dkq = w->dkq + chunk * 2 * width * CHUNK;
+    float dR[CHUNK * PANEL], x_T[PANEL * CHUNK], dR_T[PANEL * CHUNK], do_T[PANEL * CHUNK];
+    float u_T[PANEL * CHUNK], scaled_T[PANEL * 2 * CHUNK], of_rows[2 * PAIRS];
+    float from_S[MAX_K * 2 * CHUNK], from_G[MAX_K * CHUNK], scaled[2 * CHUNK * PANEL];
+    float dG[CHUNK] = {0}, of_end[CHUNK] = {0}, dbeta[CHUNK] = {0}, G_S[WIDE] = {0}, of_state = 0;
+
+    find_row_gradients(w, of, kq, rows, dR);
+    transpose((Rows){x_T, CHUNK}, (Rows){(float *)x, P}, CHUNK, P);
+    transpose((Rows){dR_T, CHUNK}, (Rows){dR, P}, CHUNK, P);
+    transpose((Rows){do_T, CHUNK}, (Rows){rows + P, 2 * P}, CHUNK, P);
+    for (int64_t at = 0; at < P * CHUNK; at += CHUNK)
+        for (int i = 0; i < CHUNK; i++) {
+            float e = dR_T[at + i] * of->beta[i];
+            dbeta[i] += dR_T[at + i] * x_T[at + i];
+            scaled_T[2 * at + i] = -e * of->from_start[i];
+            scaled_T[2 * at + CHUNK + i] = do_T[at + i] * of->from_start[i];
+            x_T[at + i] *= of->beta[i];
+            u_T[at + i] = x_T[at + i] * of->to_end[i];
+        }
+    product((Rows){of_rows, CHUNK}, 0, (Rows){0}, (Left){rows, P, 1}, (Rows){x_T, CHUNK}, 2 * CHUNK,
+            CHUNK, P);
+    product((Rows){from_S, 2 * CHUNK}, 0, (Rows){0}, (Left){S, P, 1}, (Rows){scaled_T, 2 * CHUNK},
+            width, 2 * CHUNK, P);
+    product((Rows){from_G, CHUNK}, 0, (Rows){0}, (Left){w->G, P, 1}, (Rows){u_T, CHUNK}, width,
+            CHUNK, P);
+    for (int64_t j = 0; j < width; j++) {
+        const float *kq_j = by_channel + j * 2 * CHUNK, *of_S = from_S + j * 2 * CHUNK;
+        const float *of_G = from_G + j * CHUNK;
+        float *dkq_j = dkq + j * 2 * CHUNK;
+        for (int i = 0; i < CHUNK; i++) {
+            dG[i] += kq_j[i] * of_S[i] + kq_j[CHUNK + i] * of_S[CHUNK + i];
+            of_end[i] += kq_j[i] * of_G[i];
+            dkq_j[i] += of_S[i] + of_G[i];
+            dkq_j[CHUNK + i] += of_S[CHUNK + i];
+        }
+    }
+    for (int64_t j = 0; j < width * P; j += WIDE)
+        for (int i = 0; i < WIDE; i++) G_S[i] += w->G[j + i] * S[j + i];
+    for (int i = 0; i < WIDE; i++) of_state += G_S[i];
+    add_pairs(of, of_rows, of_end, of_state * of->from_start[CHUNK - 1], dG, dpairs_of(w, chunk),
+              dgates);
+    for (int i = 0; i < CHUNK; i++) {
+        dgates[2 * i + 1] += dbeta[i];
+        for (int64_t j = 0; j < P; j++) {
+            scaled[2 * i * P + j] = -of->from_start[i] * rows[2 * i * P + j];
+            scaled[(2 * i + 1) * P + j] = of->from_start[i] * rows[(2 * i + 1) * P + j];
+        }
+    }
+    product((Rows){w->G, P}, of->from_start[CHUNK - 1], (Rows){w->G, P}, (Left){kq, 1, width},
+            (Rows){scaled, P}, width, P, 2 * CHUNK);
+}
+
+/* Rows of v or of do, `[B, T, HV, V]`, of a chunk: each `stride` after the one before. */
+static void load_panel(const Call *c, float *to, int64_t stride, const void *from, int64_t at,
+                       int64_t of_token, int64_t of_row, int64_t count, int64_t rows, int64_t panel)
+{
+    for (int64_t i = 0; i < CHUNK; i++) {
+        if (i >= count || rows < panel) memset(to + i * stride, 0, panel * sizeof(float));
+        if (i < count) load(to + i * stride, from, at + i * of_token, of_row, rows, c->token_type);
+    }
+}
+
+/* Rows `i_v` to `i_v + rows - 1` of a state, forwards and back. */
 static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n, int64_t r,
-                      int64_t hv, int64_t i_v)
+                      int64_t hv, int64_t i_v, int64_t rows)
 {
-    int64_t K = c->K, width = w->tokens.width, rows = least(c->V - i_v, ROWS);
-    int64_t interval = w->interval, bytes = w->block * sizeof(float);
-    float v[ROWS] = {0}, d_o[ROWS] = {0}, dv[ROWS], row[MAX_K] = {0};
-    float *S = w->states;
-    memset(S, 0, bytes);
-    memset(w->G, 0, bytes);
+    int64_t K = c->K, width = w->tokens.width, P = w->panel, chunks = chunks_of(s->length);
+    float panel[2 * CHUNK * PANEL], u[CHUNK * PANEL], row[MAX_K];
+    Gates of;
+    memset(w->states, 0, width * P * sizeof(float));
+    memset(w->G, 0, width * P * sizeof(float));
     for (int64_t i = 0; i < rows; i++) {
         if (s->has_state) {
             load(row, c->initial_state, first_row(c, s, hv, i_v + i), 1, K, c->state_type);
-            for (int64_t j = 0; j < width; j += LANES) AT(S + j * ROWS, i * LANES) = AT(row, j);
+            for (int64_t j = 0; j < K; j++) w->states[j * P + i] = row[j];
         }
         int64_t at = n * c->dfinal_n + hv * c->dfinal_h + (i_v + i) * c->dfinal_v;
         if (!c->dfinal_state) continue;
         load(row, c->dfinal_state, at, c->dfinal_k, K, c->state_type);
-        for (int64_t j = 0; j < width; j += LANES) AT(w->G + j * ROWS, i * LANES) = AT(row, j);
+        for (int64_t j = 0; j < K; j++) w->G[j * P + i] = row[j];
     }
-    for (int64_t i = 0; i < s->length; i++) {
-        if (i % interval == 0) memcpy(w->kept + i / interval * w->block, S, bytes);
-        load_values(c, s->b, s->start + i, hv, i_v, rows, ROWS, v);
-        advance(S, S, width, token_of(c, &w->tokens, i, r), v, w->x);
+    for (int64_t i = 0; i < chunks; i++) {
+        int64_t t = s->start + i * CHUNK, count = least(s->length - i * CHUNK, CHUNK);
+        int64_t at = s->b * c->v_b + t * c->v_t + hv * c->v_h + i_v * c->v_v;
+        float *S = w->states + i * width * P, *x = w->x + i * CHUNK * P;
+        const float *k = w->tokens.kq + i * CHUNK * 2 * width;
+        find_gates(w, i, r, &of);
+        load_panel(c, x, P, c->v, at, c->v_t, c->v_v, count, rows, P);
+        solve(w, &of, k, S, x, u);
+        if (i + 1 < chunks)
+            product((Rows){S + width * P, P}, of.from_start[CHUNK - 1], (Rows){S, P},
+                    (Left){k, 1, 2 * width}, (Rows){u, P}, width, P, CHUNK);
     }
-    int64_t last = s->length ? (s->length - 1) / interval * interval : -1;
-    for (int64_t first = last; first >= 0; first -= interval) {
-        int64_t count = least(s->length - first, interval);
-        memcpy(w->states, w->kept + first / interval * w->block, bytes);
-        for (int64_t i = 0; i < count; i++) {
-            float *state = w->states + i * w->block;
-            load_values(c, s->b, s->start + first + i, hv, i_v, rows, ROWS, v);
-            Token a = token_of(c, &w->tokens, first + i, r);
-            advance(state, state + w->block, width, a, v, w->x + i * ROWS);
-        }
-        for (int64_t i = count - 1; i >= 0; i--) {
-            int64_t t = s->start + first + i;
-            float *state = w->states + i * w->block, *dk = w->dkq + (first + i) * 2 * width;
-            load_values(c, s->b, t, hv, i_v, rows, ROWS, v);
-            int64_t at = s->b * c->do_b + t * c->do_t + hv * c->do_h + i_v * c->do_v;
-            load_rows(d_o, c->d_o, at, c->do_v, rows, ROWS, c->token_type);
-            retreat(w->G, state, state + w->block, width, token_of(c, &w->tokens, first + i, r), v,
-                    w->x + i * ROWS, d_o, dk, dk + width,
-                    w->dgates + (r * w->tokens.capacity + first + i) * 2, dv);
-            store_values(c, c->dv, s->b, t, hv, i_v, rows, ROWS, dv);
-        }
+    for (int64_t i = chunks - 1; i >= 0; i--) {
+        int64_t t = s->start + i * CHUNK, count = least(s->length - i * CHUNK, CHUNK);
+        int64_t at = s->b * c->do_b + t * c->do_t + hv * c->do_h + i_v * c->do_v;
+        find_gates(w, i, r, &of);
+        load_panel(c, panel + P, 2 * P, c->d_o, at, c->do_t, c->do_v, count, rows, P);
+        retreat(w, &of, i, w->x + i * CHUNK * P, panel,
+                w->dgates + (r * w->tokens.capacity + i * CHUNK) * 2);
+        for (int64_t x = 0; x < count; x++)
+            store(c->dv, ((s->b * c->T + t + x) * c->HV + hv) * c->V + i_v, panel + 2 * x * P, rows,
+                  c->token_type);
     }
     int64_t at = ((n * c->HV + hv) * c->V + i_v) * K;
     for (int64_t i = 0; c->dinitial_state && i < rows; i++) {
-        for (int64_t j = 0; j < width; j += LANES) AT(row, j) = AT(w->G + j * ROWS, i * LANES);
+        for (int64_t j = 0; j < K; j++) row[j] = w->G[j * P + i];
         store(c->dinitial_state, at + i * K, row, K, c->state_type);
     }
 }
@@ -155,24 +284,71 @@ static void through_norm(const Call *c, const void *x, int64_t at, int64_t strid
     store(dx, to, dy, K, c->token_type);
 }
 
-static void run_head(const Call *c, const Room *w, const Sequence *s, int64_t n, int64_t h)
+/* Keys and queries of a sequence by channel, and their products with the keys of their chunk. */
+static void prepare_chunks(const Call *c, const Room *w, const Sequence *s, int64_t h)
 {
-    int64_t R = c->HV / c->H, width = w->tokens.width;
+    int64_t R = c->HV / c->H, width = w->tokens.width, tokens = chunks_of(s->length) * CHUNK;
     prepare(c, &w->tokens, s->b, h, s->start, s->length);
-    memset(w->dkq, 0, s->length * 2 * width * sizeof(float));
-    memset(w->dgates, 0, R * w->tokens.capacity * 2 * sizeof(float));
+    memset(w->tokens.kq + s->length * 2 * width, 0,
+           (tokens - s->length) * 2 * width * sizeof(float));
     for (int64_t r = 0; r < R; r++)
-        for (int64_t i_v = 0; i_v < c->V; i_v += ROWS)
-            walk_back(c, w, s, n, r, h * R + r, i_v);
+        for (int64_t i = s->length; i < tokens; i++)
+            for (int x = 0; x < 2; x++) w->tokens.gates[(r * w->tokens.capacity + i) * 2 + x] = 1;
+    for (int64_t i = 0; i < tokens / CHUNK; i++) {
+        float *kq = w->tokens.kq + i * CHUNK * 2 * width;
+        float *by_channel = w->kq_by_channel + i * CHUNK * 2 * width;
+        for (int x = 0; x < 2; x++) {
+            float *pairs = w->pairs + (2 * i + x) * PAIRS;
+            transpose((Rows){by_channel + x * CHUNK, 2 * CHUNK},
+                      (Rows){kq + x * width, 2 * width}, CHUNK, width);
+            product((Rows){pairs, CHUNK}, 0, (Rows){0}, (Left){kq + x * width, 2 * width, 1},
+                    (Rows){by_channel, 2 * CHUNK}, CHUNK, CHUNK, width);
+        }
+    }
+}
+
+/* The gradients of the keys and queries of a chunk that were prepared, [CHUNK, 2, width]. */
+static void finish_chunk(const Room *w, int64_t chunk, float *dkq)
+{
+    int64_t width = w->tokens.width, row = 2 * width;
+    float *kq = w->tokens.kq + chunk * CHUNK * row;
+    float *by_channel = w->dkq + chunk * CHUNK * row;
+    float *dKK = dpairs_of(w, chunk), *dQK = dKK + PAIRS;
+    Rows k = {kq, row}, q = {kq + width, row}, dk = {dkq, row}, dq = {dkq + width, row};
+    for (int i = 0; i < CHUNK; i++) dKK[i * CHUNK + i] = 0;
+    transpose(dk, (Rows){by_channel, 2 * CHUNK}, width, CHUNK);
+    transpose(dq, (Rows){by_channel + CHUNK, 2 * CHUNK}, width, CHUNK);
+    product(dq, 1, dq, (Left){dQK, CHUNK, 1}, k, CHUNK, width, CHUNK);
+    product(dk, 1, dk, (Left){dQK, 1, CHUNK}, q, CHUNK, width, CHUNK);
+    product(dk, 1, dk, (Left){dKK, CHUNK, 1}, k, CHUNK, width, CHUNK);
+    product(dk, 1, dk, (Left){dKK, 1, CHUNK}, k, CHUNK, width, CHUNK);
+}
+
+static void run_head(const Call *c, const Room *room, const Sequence *s, int64_t n, int64_t h)
+{
+    int64_t R = c->HV / c->H, width = room->tokens.width, chunks = chunks_of(s->length);
+    float dkq[CHUNK * 2 * MAX_K];
+    Room w = *room;
+    prepare_chunks(c, &w, s, h);
+    memset(w.dkq, 0, chunks * CHUNK * 2 * width * sizeof(float));
+    memset(w.dpairs, 0, chunks * 2 * PAIRS * sizeof(float));
+    memset(w.dgates, 0, R * w.tokens.capacity * 2 * sizeof(float));
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t i_v = 0; i_v < c->V; i_v += PANEL) {
+            int64_t rows = least(c->V - i_v, PANEL);
+            w.panel = whole(rows);
+            walk_back(c, &w, s, n, r, h * R + r, i_v, rows);
+        }
     for (int64_t i = 0; i < s->length; i++) {
         int64_t t = s->start + i, to = ((s->b * c->T + t) * c->H + h) * c->K;
-        float *dk = w->dkq + i * 2 * width;
+        float *dk = dkq + i % CHUNK * 2 * width;
         int64_t at_k = s->b * c->k_b + t * c->k_t + h * c->k_h;
         int64_t at_q = s->b * c->q_b + t * c->q_t + h * c->q_h;
+        if (i % CHUNK == 0) finish_chunk(&w, i / CHUNK, dkq);
         through_norm(c, c->k, at_k, c->k_k, 1, dk, c->dk, to);
         through_norm(c, c->q, at_q, c->q_k, c->scale, dk + width, c->dq, to);
         for (int64_t r = 0; r < R; r++) {
-            const float *dgates = w->dgates + (r * w->tokens.capacity + i) * 2;
+            const float *dgates = w.dgates + (r * w.tokens.capacity + i) * 2;
             int64_t place = (s->b * c->T + t) * c->HV + h * R + r;
             if (c->g) store(c->dg, place, dgates, 1, FLOAT32);
             if (c->beta) store(c->dbeta, place, dgates + 1, 1, c->beta_type);
@@ -183,23 +359,22 @@ static void run_head(const Call *c, const Room *w, const Sequence *s, int64_t n,
 /* Numbers of a thread's memory; with `base` its parts are placed. */
 static int64_t place(const Call *c, float *base, Room *w)
 {
-    int64_t R = c->HV / c->H, T = c->T;
-    w->tokens.capacity = T;
-    w->tokens.width = width_of(c->K);
-    w->block = ROWS * w->tokens.width;
-    /* The states of an interval of 8 are in the first cache; of more tokens fewer are kept. */
-    w->interval = 8;
-    while (w->interval * 512 < T) w->interval *= 2;
+    int64_t R = c->HV / c->H, chunks = chunks_of(c->T), tokens = chunks * CHUNK;
+    int64_t width = whole(c->K), panel = whole(least(c->V, PANEL));
+    w->tokens.capacity = tokens;
+    w->tokens.width = width;
     w->tokens.kq = base;
-    w->tokens.gates = w->tokens.kq + T * 2 * w->tokens.width;
+    w->tokens.gates = w->tokens.kq + tokens * 2 * width;
     w->tokens.decays = w->tokens.tiles = NULL;
-    w->dkq = w->tokens.gates + R * T * 2;
-    w->dgates = w->dkq + T * 2 * w->tokens.width;
-    w->G = w->dgates + R * T * 2;
-    w->states = w->G + w->block;
-    w->kept = w->states + (w->interval + 1) * w->block;
-    w->x = w->kept + (T / w->interval + 1) * w->block;
-    return w->x + w->interval * ROWS - base;
+    w->kq_by_channel = w->tokens.gates + R * tokens * 2;
+    w->dkq = w->kq_by_channel + tokens * 2 * width;
+    w->pairs = w->dkq + tokens * 2 * width;
+    w->dpairs = w->pairs + chunks * 2 * PAIRS;
+    w->dgates = w->dpairs + chunks * 2 * PAIRS;
+    w->states = w->dgates + R * tokens * 2;
+    w->G = w->states + chunks * width * panel;
+    w->x = w->G + width * panel;
+    return w->x + tokens * panel - base;
 }
 
 static void run(const Call *c, const Sequence *sequences, float *memory, int64_t numbers)

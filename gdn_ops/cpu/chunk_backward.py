@@ -15,19 +15,10 @@ _ARGUMENTS = (
 _GRADIENTS = {name: f"d{name}" for name in ("q", "k", "v", "g", "beta", "initial_state")}
 
 
-# From this K on matrix products of chunks are as fast or faster. ms forward and backward, in C / as
-# products (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-30), at (B, T, H, HV, K, V):
-# (8, 512, 2, 4, 32, 32) 22 / 51, (4, 512, 4, 4, 64, 64) 32 / 54, (2, 256, 8, 16, 128, 128)
-# 104 / 123, (4, 256, 16, 32, 128, 128) 478 / 412, (1, 256, 4, 8, 256, 256) 88 / 84.
-_LEAST_K_OF_PRODUCTS = 128
-
-
 def supports(name: str, args: Sequence[Tensor | None], keywords: dict[str, Any]) -> str | None:
     """Why a call cannot be served, in words for its caller; None where it can."""
     tensors: dict[str, Any] = dict(zip(_ARGUMENTS, args, strict=False))
     q, initial_state = tensors["q"], tensors.get("initial_state")
-    if q.dim() == 4 and q.shape[3] >= _LEAST_K_OF_PRODUCTS:
-        return "matrix products are faster for such keys"
     state = torch.float32 if initial_state is None else initial_state.dtype
     for x, dtype in ((tensors["d_o"], q.dtype), (tensors["dfinal_state"], state)):
         if x is not None and x.dtype != dtype:
