@@ -58,34 +58,43 @@ static float *dpairs_of(const Room *w, int64_t chunk)
     return w->dpairs + chunk * 2 * PAIRS;
 }
 
+/* Zero in place of what is below the smallest normal number: arithmetic with it is slow. */
+static inline Wide flush(Wide x)
+{
+    return (Wide)((WideInt)x & (x > 1e-37f));
+}
+
 static void find_gates(const Room *w, int64_t chunk, int64_t r, Gates *of)
 {
     const float *gates = w->tokens.gates + (r * w->tokens.capacity + chunk * CHUNK) * 2;
     const float *pairs = w->pairs + chunk * 2 * PAIRS;
+    const float identity[2 * CHUNK] = {[CHUNK] = 1};
     float decay = 1;
     for (int i = 0; i < CHUNK; i++) {
-        float d = gates[2 * i];
-        /* Not below the smallest normal number, since arithmetic beyond it is slow. */
-        decay = decay * d < 1e-37f ? 0 : decay * d;
+        decay = decay * gates[2 * i] > 1e-37f ? decay * gates[2 * i] : 0;
         of->from_start[i] = decay;
         of->beta[i] = gates[2 * i + 1];
-        for (int j = 0; j < CHUNK; j++) {
-            float D = i ? of->D[i - 1][j] * d : 0;
-            of->D[i][j] = D < 1e-37f ? 0 : D;
-        }
-        for (int j = 0; j < CHUNK; j++) of->KK[i][j] = of->D[i][j] * pairs[i * CHUNK + j];
-        of->D[i][i] = 1;
-        for (int j = 0; j < CHUNK; j++) of->QK[i][j] = of->D[i][j] * pairs[PAIRS + i * CHUNK + j];
     }
-    memcpy(of->to_end, of->D[CHUNK - 1], sizeof(of->to_end));
+    for (int j = 0; j < CHUNK; j += WIDE) {
+        Wide D = {0};
+        for (int i = 0; i < CHUNK; i++) {
+            D = flush(D * gates[2 * i]);
+            WIDE_AT(of->KK[i], j) = D * WIDE_AT(pairs + i * CHUNK, j);
+            D += WIDE_AT(identity + CHUNK - i, j);
+            WIDE_AT(of->D[i], j) = D;
+            WIDE_AT(of->QK[i], j) = D * WIDE_AT(pairs + PAIRS + i * CHUNK, j);
+        }
+        WIDE_AT(of->to_end, j) = D;
+    }
 }
 
 /* x and u of a chunk, from v in `x`; S is the state before it. */
-static void solve(const Room *w, const Gates *of, const float *k, float *S, float *x, float *u)
+static void solve(const Room *w, const Gates *of, const float *k_T, float *S, float *x, float *u)
 {
     int64_t width = w->tokens.width, P = w->panel;
     float S_k[CHUNK * PANEL];
-    product((Rows){S_k, P}, 0, (Rows){0}, (Left){k, 2 * width, 1}, (Rows){S, P}, CHUNK, P, width);
+    product((Rows){S_k, P}, 0, (Rows){0}, (Left){k_T, 1, 2 * CHUNK}, (Rows){S, P}, CHUNK, P,
+            width);
     for (int64_t j = 0; j < P; j += WIDE) {
         Wide of_x[CHUNK];
         for (int i = 0; i < CHUNK; i++)
@@ -100,11 +109,12 @@ static void solve(const Room *w, const Gates *of, const float *k, float *S, floa
 }
 
 /* The gradients of a chunk's x, in dR, and of its values, beside do in `rows` [CHUNK, 2, panel]. */
-static void find_row_gradients(const Room *w, const Gates *of, const float *k, float *rows,
+static void find_row_gradients(const Room *w, const Gates *of, const float *k_T, float *rows,
                                float *dR)
 {
     int64_t width = w->tokens.width, P = w->panel;
-    product((Rows){dR, P}, 0, (Rows){0}, (Left){k, 2 * width, 1}, (Rows){w->G, P}, CHUNK, P, width);
+    product((Rows){dR, P}, 0, (Rows){0}, (Left){k_T, 1, 2 * CHUNK}, (Rows){w->G, P}, CHUNK, P,
+            width);
     for (int i = 0; i < CHUNK; i++)
         for (int64_t j = 0; j < P; j++) dR[i * P + j] *= of->to_end[i];
     product((Rows){dR, P}, 1, (Rows){dR, P}, (Left){of->QK[0], 1, CHUNK}, (Rows){rows + P, 2 * P},
@@ -121,25 +131,32 @@ static void find_row_gradients(const Room *w, const Gates *of, const float *k, f
     }
 }
 
-/* What a chunk's products of keys and queries, and its gates, have of `of_rows`, [e; do] u^T, and of
-   `of_end`, <t_i G^T u_i, k_i>. dG has what the decays from the start have. */
-static void add_pairs(const Gates *of, const float *of_rows, const float *of_end, float of_state,
-                      float *dG, float *dpairs, float *dgates)
+/* What a chunk's products of keys and queries, and its gates, have of the products of y and of do
+   with u, and of `of_end`, <t_i G^T u_i, k_i>. dG has what the decays from the start have. */
+static void add_pairs(const Gates *of, const float *y_u, const float *do_u, const float *of_end,
+                      float of_state, float *dG, float *dpairs, float *dgates)
 {
     float terms[CHUNK][CHUNK], by_column[CHUNK][CHUNK];
-    for (int i = 0; i < CHUNK; i++) {
-        const float *of_v = of_rows + 2 * i * CHUNK, *of_o = of_v + CHUNK;
-        float *dKK = dpairs + i * CHUNK, *dQK = dKK + PAIRS;
-        of_state += of_end[i];
-        for (int j = 0; j < CHUNK; j++) {
-            terms[i][j] = of->QK[i][j] * of_o[j] - of->KK[i][j] * of_v[j];
-            dKK[j] -= of->D[i][j] * of_v[j];
-            dQK[j] += of->D[i][j] * of_o[j];
+    for (int j = 0; j < CHUNK; j += WIDE) {
+        Wide columns = {0};
+        for (int i = 0; i < CHUNK; i++) {
+            Wide D = WIDE_AT(of->D[i], j), of_o = WIDE_AT(do_u + i * CHUNK, j);
+            Wide of_v = WIDE_AT(y_u + i * CHUNK, j) * of->beta[i];
+            Wide term = WIDE_AT(of->QK[i], j) * of_o - WIDE_AT(of->KK[i], j) * of_v;
+            WIDE_AT(terms[i], j) = term;
+            columns += term;
+            WIDE_AT(dpairs + i * CHUNK, j) -= D * of_v;
+            WIDE_AT(dpairs + PAIRS + i * CHUNK, j) += D * of_o;
         }
+        WIDE_AT(dG, j) -= columns;
     }
     transpose((Rows){by_column[0], CHUNK}, (Rows){terms[0], CHUNK}, CHUNK, CHUNK);
-    for (int i = 0; i < CHUNK; i++)
-        for (int j = 0; j < CHUNK; j++) dG[j] += by_column[i][j] - terms[i][j];
+    for (int j = 0; j < CHUNK; j += WIDE) {
+        Wide rows = {0};
+        for (int i = 0; i < CHUNK; i++) rows += WIDE_AT(by_column[i], j);
+        WIDE_AT(dG, j) += rows;
+    }
+    for (int i = 0; i < CHUNK; i++) of_state += of_end[i];
     /* A log decay is in all sums from it on. */
     for (int i = CHUNK - 1; i >= 0; i--) {
         of_state += dG[i] - of_end[i];
@@ -157,44 +174,54 @@ static void retreat(const Room *w, const Gates *of, int64_t chunk, const float *
     const float *by_channel = w->kq_by_channel + chunk * 2 * width * CHUNK;
     float *S = w->states + chunk * width * P, *dkq = w->dkq + chunk * 2 * width * CHUNK;
     float dR[CHUNK * PANEL], x_T[PANEL * CHUNK], dR_T[PANEL * CHUNK], do_T[PANEL * CHUNK];
-    float u_T[PANEL * CHUNK], scaled_T[PANEL * 2 * CHUNK], of_rows[2 * PAIRS];
+    float u_T[PANEL * CHUNK], scaled_T[PANEL * 2 * CHUNK], y_u[PAIRS], do_u[PAIRS];
     float from_S[MAX_K * 2 * CHUNK], from_G[MAX_K * CHUNK], scaled[2 * CHUNK * PANEL];
-    float dG[CHUNK] = {0}, of_end[CHUNK] = {0}, dbeta[CHUNK] = {0}, G_S[WIDE] = {0}, of_state = 0;
+    float dG[CHUNK], of_end[CHUNK], dbeta[CHUNK], of_state = 0;
 
-    find_row_gradients(w, of, kq, rows, dR);
+    find_row_gradients(w, of, by_channel, rows, dR);
     transpose((Rows){x_T, CHUNK}, (Rows){(float *)x, P}, CHUNK, P);
     transpose((Rows){dR_T, CHUNK}, (Rows){dR, P}, CHUNK, P);
     transpose((Rows){do_T, CHUNK}, (Rows){rows + P, 2 * P}, CHUNK, P);
-    for (int64_t at = 0; at < P * CHUNK; at += CHUNK)
-        for (int i = 0; i < CHUNK; i++) {
-            float e = dR_T[at + i] * of->beta[i];
-            dbeta[i] += dR_T[at + i] * x_T[at + i];
-            scaled_T[2 * at + i] = -e * of->from_start[i];
-            scaled_T[2 * at + CHUNK + i] = do_T[at + i] * of->from_start[i];
-            x_T[at + i] *= of->beta[i];
-            u_T[at + i] = x_T[at + i] * of->to_end[i];
+    for (int i = 0; i < CHUNK; i += WIDE) {
+        Wide beta = WIDE_AT(of->beta, i), from_start = WIDE_AT(of->from_start, i), sum = {0};
+        for (int64_t at = i; at < P * CHUNK; at += CHUNK) {
+            Wide y = WIDE_AT(dR_T, at), x = WIDE_AT(x_T, at);
+            sum += y * x;
+            WIDE_AT(scaled_T, 2 * at - i) = y * beta * -from_start;
+            WIDE_AT(scaled_T, 2 * at - i + CHUNK) = WIDE_AT(do_T, at) * from_start;
+            WIDE_AT(x_T, at) = x * beta;
+            WIDE_AT(u_T, at) = x * beta * WIDE_AT(of->to_end, i);
         }
-    product((Rows){of_rows, CHUNK}, 0, (Rows){0}, (Left){rows, P, 1}, (Rows){x_T, CHUNK}, 2 * CHUNK,
+        WIDE_AT(dbeta, i) = sum;
+    }
+    product((Rows){y_u, CHUNK}, 0, (Rows){0}, (Left){dR_T, 1, CHUNK}, (Rows){x_T, CHUNK}, CHUNK,
+            CHUNK, P);
+    product((Rows){do_u, CHUNK}, 0, (Rows){0}, (Left){do_T, 1, CHUNK}, (Rows){x_T, CHUNK}, CHUNK,
             CHUNK, P);
     product((Rows){from_S, 2 * CHUNK}, 0, (Rows){0}, (Left){S, P, 1}, (Rows){scaled_T, 2 * CHUNK},
             width, 2 * CHUNK, P);
     product((Rows){from_G, CHUNK}, 0, (Rows){0}, (Left){w->G, P, 1}, (Rows){u_T, CHUNK}, width,
             CHUNK, P);
-    for (int64_t j = 0; j < width; j++) {
-        const float *kq_j = by_channel + j * 2 * CHUNK, *of_S = from_S + j * 2 * CHUNK;
-        const float *of_G = from_G + j * CHUNK;
-        float *dkq_j = dkq + j * 2 * CHUNK;
-        for (int i = 0; i < CHUNK; i++) {
-            dG[i] += kq_j[i] * of_S[i] + kq_j[CHUNK + i] * of_S[CHUNK + i];
-            of_end[i] += kq_j[i] * of_G[i];
-            dkq_j[i] += of_S[i] + of_G[i];
-            dkq_j[CHUNK + i] += of_S[CHUNK + i];
+    for (int i = 0; i < CHUNK; i += WIDE) {
+        Wide of_gates = {0}, of_key = {0};
+        for (int64_t j = 0; j < width; j++) {
+            const float *kq_j = by_channel + j * 2 * CHUNK + i, *of_S = from_S + j * 2 * CHUNK + i;
+            float *dkq_j = dkq + j * 2 * CHUNK + i;
+            Wide of_G = WIDE_AT(from_G + j * CHUNK, i), dk = WIDE_AT(of_S, 0), k = WIDE_AT(kq_j, 0);
+            Wide dq = WIDE_AT(of_S, CHUNK);
+            of_gates += k * dk + WIDE_AT(kq_j, CHUNK) * dq;
+            of_key += k * of_G;
+            WIDE_AT(dkq_j, 0) += dk + of_G;
+            WIDE_AT(dkq_j, CHUNK) += dq;
         }
+        WIDE_AT(dG, i) = of_gates;
+        WIDE_AT(of_end, i) = of_key;
     }
-    for (int64_t j = 0; j < width * P; j += WIDE)
-        for (int i = 0; i < WIDE; i++) G_S[i] += w->G[j + i] * S[j + i];
-    for (int i = 0; i < WIDE; i++) of_state += G_S[i];
-    add_pairs(of, of_rows, of_end, of_state * of->from_start[CHUNK - 1], dG, dpairs_of(w, chunk),
+    Wide G_S[2] = {{0}};
+    for (int64_t j = 0; j < width * P; j += 2 * WIDE)
+        for (int i = 0; i < 2; i++) G_S[i] += WIDE_AT(w->G + j, i * WIDE) * WIDE_AT(S + j, i * WIDE);
+    for (int i = 0; i < WIDE; i++) of_state += G_S[0][i] + G_S[1][i];
+    add_pairs(of, y_u, do_u, of_end, of_state * of->from_start[CHUNK - 1], dG, dpairs_of(w, chunk),
               dgates);
     for (int i = 0; i < CHUNK; i++) {
         dgates[2 * i + 1] += dbeta[i];
@@ -243,7 +270,7 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
         const float *k = w->tokens.kq + i * CHUNK * 2 * width;
         find_gates(w, i, r, &of);
         load_panel(c, x, P, c->v, at, c->v_t, c->v_v, count, rows, P);
-        solve(w, &of, k, S, x, u);
+        solve(w, &of, w->kq_by_channel + i * CHUNK * 2 * width, S, x, u);
         if (i + 1 < chunks)
             product((Rows){S + width * P, P}, of.from_start[CHUNK - 1], (Rows){S, P},
                     (Left){k, 1, 2 * width}, (Rows){u, P}, width, P, CHUNK);

@@ -6,6 +6,7 @@ enum { WIDE = 16, BLOCK = 8 };
 enum { WIDE = 8, BLOCK = 4 };
 #endif
 typedef float Wide __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int32_t WideInt __attribute__((vector_size(4 * WIDE)));
 #define WIDE_AT(p, j) (*(Wide *)((p) + (j)))
 
 /* A matrix by its elements' strides, and one by its rows'. */
@@ -18,26 +19,39 @@ typedef struct {
     int64_t row;
 } Rows;
 
-/* rows x columns numbers of to = factor from + a b, all of whose sums are in registers. */
+/* BLOCK rows and some vectors of to = factor from + a b, whose sums are in registers. */
 static inline __attribute__((always_inline)) void
-product_block(float *to, int64_t to_row, float factor, const float *from, int64_t from_row,
-              const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
-              int64_t inner, const int rows, const int vectors)
+product_block(Rows to, float factor, Rows from, Left a, Rows b, int64_t i, int64_t j, int64_t inner,
+              const int vectors)
 {
-    Wide sums[2 * BLOCK][2];
-    for (int i = 0; i < rows; i++)
+    const float *a_i = a.p + i * a.row, *b_j = b.p + j;
+    Wide sums[BLOCK][2];
+    for (int r = 0; r < BLOCK; r++)
         for (int x = 0; x < vectors; x++) {
-            sums[i][x] = (Wide){0};
-            if (from) sums[i][x] = WIDE_AT(from + i * from_row, x * WIDE) * factor;
+            sums[r][x] = (Wide){0};
+            if (from.p) sums[r][x] = WIDE_AT(from.p + (i + r) * from.row + j, x * WIDE) * factor;
         }
     for (int64_t l = 0; l < inner; l++) {
         Wide b_l[2];
-        for (int x = 0; x < vectors; x++) b_l[x] = WIDE_AT(b + l * b_row, x * WIDE);
-        for (int i = 0; i < rows; i++)
-            for (int x = 0; x < vectors; x++) sums[i][x] += b_l[x] * a[i * a_row + l * a_column];
+        for (int x = 0; x < vectors; x++) b_l[x] = WIDE_AT(b_j + l * b.row, x * WIDE);
+        for (int r = 0; r < BLOCK; r++)
+            for (int x = 0; x < vectors; x++)
+                sums[r][x] += b_l[x] * a_i[r * a.row + l * a.column];
     }
-    for (int i = 0; i < rows; i++)
-        for (int x = 0; x < vectors; x++) WIDE_AT(to + i * to_row, x * WIDE) = sums[i][x];
+    for (int r = 0; r < BLOCK; r++)
+        for (int x = 0; x < vectors; x++)
+            WIDE_AT(to.p + (i + r) * to.row + j, x * WIDE) = sums[r][x];
+}
+
+static inline __attribute__((always_inline)) void
+product_of_columns(Rows to, float factor, Rows from, Left a, Rows b, int64_t m, int64_t n,
+                   int64_t inner)
+{
+    int64_t j = 0;
+    for (; j + 2 * WIDE <= n; j += 2 * WIDE)
+        for (int64_t i = 0; i < m; i += BLOCK) product_block(to, factor, from, a, b, i, j, inner, 2);
+    for (; j < n; j += WIDE)
+        for (int64_t i = 0; i < m; i += BLOCK) product_block(to, factor, from, a, b, i, j, inner, 1);
 }
 
 /* to = factor from + a b, of [m, n], [m, inner] and [inner, n]; m and n are multiples of 16.
@@ -45,17 +59,10 @@ product_block(float *to, int64_t to_row, float factor, const float *from, int64_
 static void product(Rows to, float factor, Rows from, Left a, Rows b, int64_t m, int64_t n,
                     int64_t inner)
 {
-    int64_t j = 0;
-    for (; j + 2 * WIDE <= n; j += 2 * WIDE)
-        for (int64_t i = 0; i < m; i += BLOCK)
-            product_block(to.p + i * to.row + j, to.row, factor,
-                          from.p ? from.p + i * from.row + j : NULL, from.row, a.p + i * a.row,
-                          a.row, a.column, b.p + j, b.row, inner, BLOCK, 2);
-    for (; j < n; j += WIDE)
-        for (int64_t i = 0; i < m; i += 2 * BLOCK)
-            product_block(to.p + i * to.row + j, to.row, factor,
-                          from.p ? from.p + i * from.row + j : NULL, from.row, a.p + i * a.row,
-                          a.row, a.column, b.p + j, b.row, inner, 2 * BLOCK, 1);
+    if (a.row == 1) /* then a block has one address */
+        product_of_columns(to, factor, from, (Left){a.p, 1, a.column}, b, m, n, inner);
+    else
+        product_of_columns(to, factor, from, a, b, m, n, inner);
 }
 
 /* to [n, m] = from [m, n]^T; m and n are multiples of 8. */
