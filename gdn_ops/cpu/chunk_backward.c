@@ -58,6 +58,8 @@ static float *dpairs_of(const Room *w, int64_t chunk)
     return w->dpairs + chunk * 2 * PAIRS;
 }
 
+typedef int32_t WideInt __attribute__((vector_size(4 * WIDE)));
+
 /* Zero in place of what is below the smallest normal number: arithmetic with it is slow. */
 static inline Wide flush(Wide x)
 {

@@ -1,13 +1,6 @@
 /* Products of small float32 matrices whose rows lie in memory one after the other. */
 
-#ifdef __AVX512F__
-enum { WIDE = 16, BLOCK = 8 };
-#else
-enum { WIDE = 8, BLOCK = 4 };
-#endif
-typedef float Wide __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
-typedef int32_t WideInt __attribute__((vector_size(4 * WIDE)));
-#define WIDE_AT(p, j) (*(Wide *)((p) + (j)))
+enum { BLOCK = WIDE / 2 };
 
 /* A matrix by its elements' strides, and one by its rows'. */
 typedef struct {

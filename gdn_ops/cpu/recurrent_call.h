@@ -15,9 +15,13 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 /* Numbers of a vector, to which keys and queries are padded; rows of a state that are walked
-   together, with 4 of which a sum would wait for itself; rows that are lanes of a tile; the largest
-   K. */
-enum { LANES = 8, ROWS = LANES, TILE = 2 * LANES, MAX_K = 256 };
+   together, with 4 of which a sum would wait for itself; numbers of a vector that no sum goes
+   across; rows that are lanes of a tile; the largest K. */
+#ifdef __AVX512F__
+enum { LANES = 8, ROWS = LANES, WIDE = 16, TILE = 2 * WIDE, MAX_K = 256 };
+#else
+enum { LANES = 8, ROWS = LANES, WIDE = 8, TILE = 2 * WIDE, MAX_K = 256 };
+#endif
 /* Results: a slot outside the pool, and nothing was written; no memory for what a thread needs. */
 enum { DONE, SLOT_OUTSIDE, NO_MEMORY };
 
@@ -62,8 +66,10 @@ typedef struct {
 } Token;
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Wide __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef float Quarter __attribute__((vector_size(16)));
 #define AT(p, j) (*(Vector *)((p) + (j)))
+#define WIDE_AT(p, j) (*(Wide *)((p) + (j)))
 
 static inline int64_t least(int64_t x, int64_t y)
 {

@@ -4,19 +4,19 @@
 /* A token of a tile [width, TILE]: of the new rows the product with the query, and with the next
    key, which saves a pass for S k. */
 static inline __attribute__((always_inline)) void
-step_of_tile(float *tile, int64_t width, Token a, Token next, int by_channel, const Vector *u,
-             Vector *S_k, Vector *S_q)
+step_of_tile(float *tile, int64_t width, Token a, Token next, int by_channel, const Wide *u,
+             Wide *S_k, Wide *S_q)
 {
     /* Sums over even and odd channels, as one would wait for itself. */
-    Vector q[2][2] = {{{0}}}, k[2][2] = {{{0}}};
+    Wide q[2][2] = {{{0}}}, k[2][2] = {{{0}}};
     for (int64_t j = 0; j < width; j += 2)
         for (int x = 0; x < 2; x++) {
             float *row = tile + (j + x) * TILE;
             float d_j = by_channel ? a.decays[j + x] : a.decay, n_j = next.k[j + x];
             if (by_channel) n_j *= next.decays[j + x];
             for (int y = 0; y < 2; y++) {
-                Vector S = AT(row, y * LANES) * d_j + u[y] * a.k[j + x];
-                AT(row, y * LANES) = S;
+                Wide S = WIDE_AT(row, y * WIDE) * d_j + u[y] * a.k[j + x];
+                WIDE_AT(row, y * WIDE) = S;
                 q[x][y] += S * a.q[j + x];
                 k[x][y] += S * n_j;
             }
@@ -55,19 +55,19 @@ static void walk_tile(const Call *c, const Scratch *w, const Sequence *s, int64_
 {
     int64_t K = c->K, rows = least(c->V - i_v, TILE);
     float v[TILE] = {0}, o[TILE];
-    Vector S_k[2] = {0}, S_q[2], u[2];
+    Wide S_k[2] = {0}, S_q[2], u[2];
     Token a, next = token_of(c, w, 0, r);
     for (int64_t j = 0; j < K; j++) {
         float k_j = c->by_channel ? next.k[j] * next.decays[j] : next.k[j];
-        S_k[0] += AT(tile, j * TILE) * k_j;
-        S_k[1] += AT(tile, j * TILE + LANES) * k_j;
+        S_k[0] += WIDE_AT(tile, j * TILE) * k_j;
+        S_k[1] += WIDE_AT(tile, j * TILE + WIDE) * k_j;
     }
     for (int64_t i = 0; i < count; i++) {
         a = next;
         /* After the last token its own key again, for nothing. */
         if (i + 1 < count) next = token_of(c, w, i + 1, r);
         load_values(c, s->b, t + i, hv, i_v, rows, TILE, v);
-        for (int x = 0; x < 2; x++) u[x] = (AT(v, x * LANES) - S_k[x] * a.decay) * a.beta;
+        for (int x = 0; x < 2; x++) u[x] = (WIDE_AT(v, x * WIDE) - S_k[x] * a.decay) * a.beta;
         if (c->by_channel)
             step_of_tile(tile, w->width, a, next, 1, u, S_k, S_q);
         else
