@@ -38,19 +38,13 @@ typedef struct {
 
 /* Of one chunk and value head. */
 typedef struct {
-    float from_start[CHUNK], to_end[CHUNK], beta[CHUNK];
+    ALIGNED float from_start[CHUNK], to_end[CHUNK], beta[CHUNK];
     float D[CHUNK][CHUNK], KK[CHUNK][CHUNK], QK[CHUNK][CHUNK];
 } Gates;
 
 static int64_t chunks_of(int64_t tokens)
 {
     return (tokens + CHUNK - 1) / CHUNK;
-}
-
-/* Numbers in whole rows of `product`. */
-static int64_t whole(int64_t x)
-{
-    return (x + 15) / 16 * 16;
 }
 
 static float *dpairs_of(const Room *w, int64_t chunk)
@@ -94,7 +88,7 @@ static void find_gates(const Room *w, int64_t chunk, int64_t r, Gates *of)
 static void solve(const Room *w, const Gates *of, const float *k_T, float *S, float *x, float *u)
 {
     int64_t width = w->tokens.width, P = w->panel;
-    float S_k[CHUNK * PANEL];
+    ALIGNED float S_k[CHUNK * PANEL];
     product((Rows){S_k, P}, 0, (Rows){0}, (Left){k_T, 1, 2 * CHUNK}, (Rows){S, P}, CHUNK, P,
             width);
     for (int64_t j = 0; j < P; j += WIDE) {
@@ -138,7 +132,7 @@ static void find_row_gradients(const Room *w, const Gates *of, const float *k_T,
 static void add_pairs(const Gates *of, const float *y_u, const float *do_u, const float *of_end,
                       float of_state, float *dG, float *dpairs, float *dgates)
 {
-    float terms[CHUNK][CHUNK], by_column[CHUNK][CHUNK];
+    ALIGNED float terms[CHUNK][CHUNK], by_column[CHUNK][CHUNK];
     for (int j = 0; j < CHUNK; j += WIDE) {
         Wide columns = {0};
         for (int i = 0; i < CHUNK; i++) {
@@ -175,9 +169,9 @@ static void retreat(const Room *w, const Gates *of, int64_t chunk, const float *
     const float *kq = w->tokens.kq + chunk * CHUNK * 2 * width;
     const float *by_channel = w->kq_by_channel + chunk * 2 * width * CHUNK;
     float *S = w->states + chunk * width * P, *dkq = w->dkq + chunk * 2 * width * CHUNK;
-    float dR[CHUNK * PANEL], x_T[PANEL * CHUNK], dR_T[PANEL * CHUNK], do_T[PANEL * CHUNK];
-    float u_T[PANEL * CHUNK], scaled_T[PANEL * 2 * CHUNK], y_u[PAIRS], do_u[PAIRS];
-    float from_S[MAX_K * 2 * CHUNK], from_G[MAX_K * CHUNK], scaled[2 * CHUNK * PANEL];
+    ALIGNED float dR[CHUNK * PANEL], x_T[PANEL * CHUNK], dR_T[PANEL * CHUNK], do_T[PANEL * CHUNK];
+    ALIGNED float u_T[PANEL * CHUNK], scaled_T[PANEL * 2 * CHUNK], y_u[PAIRS], do_u[PAIRS];
+    ALIGNED float from_S[MAX_K * 2 * CHUNK], from_G[MAX_K * CHUNK], scaled[2 * CHUNK * PANEL];
     float dG[CHUNK], of_end[CHUNK], dbeta[CHUNK], of_state = 0;
 
     find_row_gradients(w, of, by_channel, rows, dR);
@@ -251,7 +245,7 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
                       int64_t hv, int64_t i_v, int64_t rows)
 {
     int64_t K = c->K, width = w->tokens.width, P = w->panel, chunks = chunks_of(s->length);
-    float panel[2 * CHUNK * PANEL], u[CHUNK * PANEL], row[MAX_K];
+    ALIGNED float panel[2 * CHUNK * PANEL], u[CHUNK * PANEL], row[MAX_K];
     Gates of;
     memset(w->states, 0, width * P * sizeof(float));
     memset(w->G, 0, width * P * sizeof(float));
@@ -356,7 +350,7 @@ static void finish_chunk(const Room *w, int64_t chunk, float *dkq)
 static void run_head(const Call *c, const Room *room, const Sequence *s, int64_t n, int64_t h)
 {
     int64_t R = c->HV / c->H, width = room->tokens.width, chunks = chunks_of(s->length);
-    float dkq[CHUNK * 2 * MAX_K];
+    ALIGNED float dkq[CHUNK * 2 * MAX_K];
     Room w = *room;
     prepare_chunks(c, &w, s, h);
     memset(w.dkq, 0, chunks * CHUNK * 2 * width * sizeof(float));
@@ -395,12 +389,12 @@ static int64_t place(const Call *c, float *base, Room *w)
     w->tokens.kq = base;
     w->tokens.gates = w->tokens.kq + tokens * 2 * width;
     w->tokens.decays = w->tokens.tiles = NULL;
-    w->kq_by_channel = w->tokens.gates + R * tokens * 2;
+    w->kq_by_channel = w->tokens.gates + whole(R * tokens * 2);
     w->dkq = w->kq_by_channel + tokens * 2 * width;
     w->pairs = w->dkq + tokens * 2 * width;
     w->dpairs = w->pairs + chunks * 2 * PAIRS;
     w->dgates = w->dpairs + chunks * 2 * PAIRS;
-    w->states = w->dgates + R * tokens * 2;
+    w->states = w->dgates + whole(R * tokens * 2);
     w->G = w->states + chunks * width * panel;
     w->x = w->G + width * panel;
     return w->x + tokens * panel - base;

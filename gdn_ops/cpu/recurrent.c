@@ -105,9 +105,9 @@ static int64_t place(const Call *c, float *base, Scratch *w)
     w->capacity = c->has_tiles ? SEGMENT : c->T;
     w->width = width_of(c->K);
     w->kq = base;
-    w->gates = w->kq + w->capacity * 2 * w->width;
-    w->decays = w->gates + R * w->capacity * 2;
-    w->tiles = w->decays + (c->by_channel ? R * w->capacity * w->width : 0);
+    w->gates = w->kq + whole(w->capacity * 2 * w->width);
+    w->decays = w->gates + whole(R * w->capacity * 2);
+    w->tiles = w->decays + (c->by_channel ? whole(R * w->capacity * w->width) : 0);
     return w->tiles + (c->has_tiles ? tiles * w->width * TILE : 0) - base;
 }
 

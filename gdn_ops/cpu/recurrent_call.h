@@ -70,10 +70,17 @@ typedef float Wide __attribute__((vector_size(4 * WIDE), aligned(4), may_alias))
 typedef float Quarter __attribute__((vector_size(16)));
 #define AT(p, j) (*(Vector *)((p) + (j)))
 #define WIDE_AT(p, j) (*(Wide *)((p) + (j)))
+#define ALIGNED __attribute__((aligned(64)))
 
 static inline int64_t least(int64_t x, int64_t y)
 {
     return x < y ? x : y;
+}
+
+/* Numbers in whole lines of the cache: a vector that lies in two takes twice as long. */
+static inline int64_t whole(int64_t x)
+{
+    return (x + 15) / 16 * 16;
 }
 
 /* Tiles of the state of a value head. */
@@ -322,11 +329,11 @@ static inline int64_t thread_number(void)
 #endif
 }
 
-/* A call: `run` has the sequences and for each thread memory of `numbers`. */
+/* A call: `run` has the sequences and for each thread memory of `numbers`, in whole lines. */
 static int run_call(const Call *c, int64_t numbers,
                     void (*run)(const Call *, const Sequence *, float *, int64_t))
 {
-    float *memory = malloc(c->threads * numbers * sizeof(float));
+    float *memory = aligned_alloc(64, c->threads * numbers * sizeof(float));
     Sequence *sequences = malloc((c->N + 1) * sizeof(Sequence));
     int result = sequences && memory ? DONE : NO_MEMORY;
     for (int64_t n = 0; result == DONE && n < c->N; n++)
