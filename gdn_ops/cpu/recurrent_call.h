@@ -308,6 +308,17 @@ static inline void store_values(const Call *c, void *to, int64_t b, int64_t t, i
     store_rows(to, at, from, rows, all, c->token_type);
 }
 
+/* Fetch n numbers that lie together, to be read, or written. */
+static inline void fetch(const void *p, int64_t at, int64_t n, int type, const int is_written)
+{
+    int64_t bytes = type == FLOAT32 ? 4 : 2;
+    const char *first = (const char *)p + at * bytes;
+    for (int64_t i = 0; i < n * bytes; i += 64) {
+        if (is_written) __builtin_prefetch(first + i, 1);
+        else __builtin_prefetch(first + i);
+    }
+}
+
 /* Where a row of a state is that a sequence reads, and writes. */
 static inline int64_t first_row(const Call *c, const Sequence *s, int64_t hv, int64_t i_v)
 {

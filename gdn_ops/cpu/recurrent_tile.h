@@ -49,6 +49,8 @@ static void store_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v
     }
 }
 
+enum { AHEAD = 3 };
+
 /* A tile through `count` tokens that were prepared, of which the first is token t. */
 static void walk_tile(const Call *c, const Scratch *w, const Sequence *s, int64_t t, int64_t count,
                       int64_t r, int64_t hv, int64_t i_v, float *tile)
@@ -67,6 +69,12 @@ static void walk_tile(const Call *c, const Scratch *w, const Sequence *s, int64_
         /* After the last token its own key again, for nothing. */
         if (i + 1 < count) next = token_of(c, w, i + 1, r);
         load_values(c, s->b, t + i, hv, i_v, rows, TILE, v);
+        if (i + AHEAD < count) {
+            int64_t ahead = t + i + AHEAD;
+            fetch(c->v, s->b * c->v_b + ahead * c->v_t + hv * c->v_h + i_v * c->v_v, rows,
+                  c->token_type, 0);
+            fetch(c->o, ((s->b * c->T + ahead) * c->HV + hv) * c->V + i_v, rows, c->token_type, 1);
+        }
         for (int x = 0; x < 2; x++) u[x] = (WIDE_AT(v, x * WIDE) - S_k[x] * a.decay) * a.beta;
         if (c->by_channel)
             step_of_tile(tile, w->width, a, next, 1, u, S_k, S_q);
