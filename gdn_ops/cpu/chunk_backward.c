@@ -240,6 +240,13 @@ static void load_panel(const Call *c, float *to, int64_t stride, const void *fro
     }
 }
 
+/* The chunk of tokens that is walked next, or where its gradients go. */
+static void fetch_panel(const void *p, int64_t at, int64_t of_token, int64_t count, int64_t rows,
+                        int type, const int is_written)
+{
+    for (int64_t i = 0; i < count; i++) fetch(p, at + i * of_token, rows, type, is_written);
+}
+
 /* Rows `i_v` to `i_v + rows - 1` of a state, forwards and back. */
 static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n, int64_t r,
                       int64_t hv, int64_t i_v, int64_t rows)
@@ -266,6 +273,8 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
         const float *k = w->tokens.kq + i * CHUNK * 2 * width;
         find_gates(w, i, r, &of);
         load_panel(c, x, P, c->v, at, c->v_t, c->v_v, count, rows, P);
+        fetch_panel(c->v, at + CHUNK * c->v_t, c->v_t, least(s->length - (i + 1) * CHUNK, CHUNK),
+                    rows, c->token_type, 0);
         solve(w, &of, w->kq_by_channel + i * CHUNK * 2 * width, S, x, u);
         if (i + 1 < chunks)
             product((Rows){S + width * P, P}, of.from_start[CHUNK - 1], (Rows){S, P},
@@ -275,12 +284,14 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
         int64_t t = s->start + i * CHUNK, count = least(s->length - i * CHUNK, CHUNK);
         int64_t at = s->b * c->do_b + t * c->do_t + hv * c->do_h + i_v * c->do_v;
         find_gates(w, i, r, &of);
+        int64_t at_v = ((s->b * c->T + t) * c->HV + hv) * c->V + i_v;
         load_panel(c, panel + P, 2 * P, c->d_o, at, c->do_t, c->do_v, count, rows, P);
+        fetch_panel(c->d_o, at - CHUNK * c->do_t, c->do_t, i ? CHUNK : 0, rows, c->token_type, 0);
+        fetch_panel(c->dv, at_v, c->HV * c->V, count, rows, c->token_type, 1);
         retreat(w, &of, i, w->x + i * CHUNK * P, panel,
                 w->dgates + (r * w->tokens.capacity + i * CHUNK) * 2);
         for (int64_t x = 0; x < count; x++)
-            store(c->dv, ((s->b * c->T + t + x) * c->HV + hv) * c->V + i_v, panel + 2 * x * P, rows,
-                  c->token_type);
+            store(c->dv, at_v + x * c->HV * c->V, panel + 2 * x * P, rows, c->token_type);
     }
     int64_t at = ((n * c->HV + hv) * c->V + i_v) * K;
     for (int64_t i = 0; c->dinitial_state && i < rows; i++) {
