@@ -230,6 +230,20 @@ static inline float norm(const float *x, int64_t width)
     return sqrtf(total(squares) + 1e-6f);
 }
 
+/* Tokens between the one that is read and the one that is fetched. */
+enum { AHEAD = 3 };
+
+/* Fetch n numbers that lie together, to be read, or written. */
+static inline void fetch(const void *p, int64_t at, int64_t n, int type, const int is_written)
+{
+    int64_t bytes = type == FLOAT32 ? 4 : 2;
+    const char *first = (const char *)p + at * bytes;
+    for (int64_t i = 0; i < n * bytes; i += 64) {
+        if (is_written) __builtin_prefetch(first + i, 1);
+        else __builtin_prefetch(first + i);
+    }
+}
+
 /* Keys and queries of tokens of a sequence, normalised and scaled; gates of the value heads. */
 static void prepare(const Call *c, const Scratch *w, int64_t b, int64_t h, int64_t first,
                     int64_t count)
@@ -239,8 +253,14 @@ static void prepare(const Call *c, const Scratch *w, int64_t b, int64_t h, int64
         int64_t t = first + i;
         float *k = w->kq + i * 2 * w->width, *q = k + w->width, of_k = 1, of_q = c->scale;
         memset(k, 0, 2 * w->width * sizeof(float));
-        load(k, c->k, b * c->k_b + t * c->k_t + h * c->k_h, c->k_k, K, c->token_type);
-        load(q, c->q, b * c->q_b + t * c->q_t + h * c->q_h, c->q_k, K, c->token_type);
+        int64_t at_k = b * c->k_b + t * c->k_t + h * c->k_h;
+        int64_t at_q = b * c->q_b + t * c->q_t + h * c->q_h;
+        load(k, c->k, at_k, c->k_k, K, c->token_type);
+        load(q, c->q, at_q, c->q_k, K, c->token_type);
+        if (i + AHEAD < count) {
+            fetch(c->k, at_k + AHEAD * c->k_t, K, c->token_type, 0);
+            fetch(c->q, at_q + AHEAD * c->q_t, K, c->token_type, 0);
+        }
         if (c->use_qk_l2norm) {
             of_k /= norm(k, w->width);
             of_q /= norm(q, w->width);
@@ -306,17 +326,6 @@ static inline void store_values(const Call *c, void *to, int64_t b, int64_t t, i
 {
     int64_t at = ((b * c->T + t) * c->HV + hv) * c->V + i_v;
     store_rows(to, at, from, rows, all, c->token_type);
-}
-
-/* Fetch n numbers that lie together, to be read, or written. */
-static inline void fetch(const void *p, int64_t at, int64_t n, int type, const int is_written)
-{
-    int64_t bytes = type == FLOAT32 ? 4 : 2;
-    const char *first = (const char *)p + at * bytes;
-    for (int64_t i = 0; i < n * bytes; i += 64) {
-        if (is_written) __builtin_prefetch(first + i, 1);
-        else __builtin_prefetch(first + i);
-    }
 }
 
 /* Where a row of a state is that a sequence reads, and writes. */

@@ -49,8 +49,6 @@ static void store_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v
     }
 }
 
-enum { AHEAD = 3 };
-
 /* A tile through `count` tokens that were prepared, of which the first is token t. */
 static void walk_tile(const Call *c, const Scratch *w, const Sequence *s, int64_t t, int64_t count,
                       int64_t r, int64_t hv, int64_t i_v, float *tile)
