@@ -23,6 +23,9 @@
 
 #include "products.h"
 
+/* Added and subtracted again it rounds to zero what is so small that arithmetic with it is slow. */
+#define TINY 1e-30f
+
 enum { CHUNK = 16, PANEL = 64, PAIRS = CHUNK * CHUNK };
 
 /* What a task has beside `Scratch`. Tokens of a chunk that the sequence has not are zero. */
@@ -52,29 +55,21 @@ static float *dpairs_of(const Room *w, int64_t chunk)
     return w->dpairs + chunk * 2 * PAIRS;
 }
 
-typedef int32_t WideInt __attribute__((vector_size(4 * WIDE)));
-
-/* Zero in place of what is below the smallest normal number: arithmetic with it is slow. */
-static inline Wide flush(Wide x)
-{
-    return (Wide)((WideInt)x & (x > 1e-37f));
-}
-
 static void find_gates(const Room *w, int64_t chunk, int64_t r, Gates *of)
 {
     const float *gates = w->tokens.gates + (r * w->tokens.capacity + chunk * CHUNK) * 2;
     const float *pairs = w->pairs + chunk * 2 * PAIRS;
-    const float identity[2 * CHUNK] = {[CHUNK] = 1};
+    static const float identity[2 * CHUNK] = {[CHUNK] = 1};
     float decay = 1;
     for (int i = 0; i < CHUNK; i++) {
-        decay = decay * gates[2 * i] > 1e-37f ? decay * gates[2 * i] : 0;
+        decay = decay * gates[2 * i] + TINY - TINY;
         of->from_start[i] = decay;
         of->beta[i] = gates[2 * i + 1];
     }
     for (int j = 0; j < CHUNK; j += WIDE) {
         Wide D = {0};
         for (int i = 0; i < CHUNK; i++) {
-            D = flush(D * gates[2 * i]);
+            D = D * gates[2 * i] + TINY - TINY;
             WIDE_AT(of->KK[i], j) = D * WIDE_AT(pairs + i * CHUNK, j);
             D += WIDE_AT(identity + CHUNK - i, j);
             WIDE_AT(of->D[i], j) = D;
@@ -247,25 +242,32 @@ static void fetch_panel(const void *p, int64_t at, int64_t of_token, int64_t cou
     for (int64_t i = 0; i < count; i++) fetch(p, at + i * of_token, rows, type, is_written);
 }
 
+/* Rows of states, or of their gradients, to [K, panel]; without `from` zeros. */
+static void load_states(const Call *c, const void *from, int64_t at, int64_t of_row,
+                        int64_t of_channel, const Room *w, int64_t rows, float *to)
+{
+    int64_t width = w->tokens.width, P = w->panel;
+    ALIGNED float some[LANES * MAX_K];
+    for (int64_t i = 0; i < P; i += LANES) {
+        memset(some, 0, LANES * width * sizeof(float));
+        for (int64_t r = 0; from && r < least(rows - i, LANES); r++)
+            load(some + r * width, from, at + (i + r) * of_row, of_channel, c->K, c->state_type);
+        transpose((Rows){to + i, P}, (Rows){some, width}, LANES, width);
+    }
+}
+
 /* Rows `i_v` to `i_v + rows - 1` of a state, forwards and back. */
 static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n, int64_t r,
                       int64_t hv, int64_t i_v, int64_t rows)
 {
     int64_t K = c->K, width = w->tokens.width, P = w->panel, chunks = chunks_of(s->length);
-    ALIGNED float panel[2 * CHUNK * PANEL], u[CHUNK * PANEL], row[MAX_K];
+    ALIGNED float panel[2 * CHUNK * PANEL], u[CHUNK * PANEL], some[LANES * MAX_K];
     Gates of;
-    memset(w->states, 0, width * P * sizeof(float));
-    memset(w->G, 0, width * P * sizeof(float));
-    for (int64_t i = 0; i < rows; i++) {
-        if (s->has_state) {
-            load(row, c->initial_state, first_row(c, s, hv, i_v + i), 1, K, c->state_type);
-            for (int64_t j = 0; j < K; j++) w->states[j * P + i] = row[j];
-        }
-        int64_t at = n * c->dfinal_n + hv * c->dfinal_h + (i_v + i) * c->dfinal_v;
-        if (!c->dfinal_state) continue;
-        load(row, c->dfinal_state, at, c->dfinal_k, K, c->state_type);
-        for (int64_t j = 0; j < K; j++) w->G[j * P + i] = row[j];
-    }
+    load_states(c, s->has_state ? c->initial_state : NULL, first_row(c, s, hv, i_v), K, 1, w, rows,
+                w->states);
+    load_states(c, c->dfinal_state,
+                n * c->dfinal_n + hv * c->dfinal_h + i_v * c->dfinal_v, c->dfinal_v, c->dfinal_k, w,
+                rows, w->G);
     for (int64_t i = 0; i < chunks; i++) {
         int64_t t = s->start + i * CHUNK, count = least(s->length - i * CHUNK, CHUNK);
         int64_t at = s->b * c->v_b + t * c->v_t + hv * c->v_h + i_v * c->v_v;
@@ -294,9 +296,10 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
             store(c->dv, at_v + x * c->HV * c->V, panel + 2 * x * P, rows, c->token_type);
     }
     int64_t at = ((n * c->HV + hv) * c->V + i_v) * K;
-    for (int64_t i = 0; c->dinitial_state && i < rows; i++) {
-        for (int64_t j = 0; j < K; j++) row[j] = w->G[j * P + i];
-        store(c->dinitial_state, at + i * K, row, K, c->state_type);
+    for (int64_t i = 0; c->dinitial_state && i < rows; i += LANES) {
+        transpose((Rows){some, width}, (Rows){w->G + i, P}, width, LANES);
+        for (int64_t x = 0; x < least(rows - i, LANES); x++)
+            store(c->dinitial_state, at + (i + x) * K, some + x * width, K, c->state_type);
     }
 }
 
@@ -379,6 +382,13 @@ static void run_head(const Call *c, const Room *room, const Sequence *s, int64_t
         int64_t at_k = s->b * c->k_b + t * c->k_t + h * c->k_h;
         int64_t at_q = s->b * c->q_b + t * c->q_t + h * c->q_h;
         if (i % CHUNK == 0) finish_chunk(&w, i / CHUNK, dkq);
+        if (i + AHEAD < s->length) {
+            int64_t of_token = AHEAD * c->H * c->K;
+            fetch(c->k, at_k + AHEAD * c->k_t, c->K, c->token_type, 0);
+            fetch(c->q, at_q + AHEAD * c->q_t, c->K, c->token_type, 0);
+            fetch(c->dk, to + of_token, c->K, c->token_type, 1);
+            fetch(c->dq, to + of_token, c->K, c->token_type, 1);
+        }
         through_norm(c, c->k, at_k, c->k_k, 1, dk, c->dk, to);
         through_norm(c, c->q, at_q, c->q_k, c->scale, dk + width, c->dq, to);
         for (int64_t r = 0; r < R; r++) {
