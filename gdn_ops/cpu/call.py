@@ -1,13 +1,23 @@
 """A call in C: its structure, and a plan of it."""
 
 import ctypes
-from collections.abc import Sequence
+import functools
+import operator
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .build import load, structure
+
+try:
+    # Its function allocates in half the time of torch.empty. Code of Inductor calls it; it is
+    # private: without it calls only take longer.
+    from torch._C._dynamo import guards as _quick
+except ImportError:
+    _quick = None  # type: ignore[assignment]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = {dtype: i for i, dtype in enumerate(DTYPES)}
@@ -16,6 +26,8 @@ _NUMBERS_PER_THREAD = 1 << 15
 _NO_MEMORY = 2
 
 Call = structure("recurrent_call", "Call")
+_ADDRESSES = [name for name, kind in Call._fields_ if kind is ctypes.c_void_p]
+_pack = struct.Struct(f"{len(_ADDRESSES)}P").pack
 
 
 def refusal(source: str, tensors: dict[str, Any]) -> str | None:
@@ -37,33 +49,64 @@ def _has_contiguous_matrices(x: Tensor) -> bool:
 class CallPlan:
     """All of a call but its addresses: calls of one key (``_plans.py``) have one plan."""
 
-    def __init__(self, source: str, tensors: dict[str, Any], keywords: dict[str, Any]) -> None:
-        """Of a checked call of ``<source>.c``, with its tensors by the names of the structure."""
-        self._names = [key for key, x in tensors.items() if x is not None]
+    def __init__(
+        self,
+        source: str,
+        tensors: dict[str, Any],
+        keywords: dict[str, Any],
+        new: Sequence[str],
+        same: Mapping[str, str],
+    ) -> None:
+        """Of a checked call of ``<source>.c``, with its tensors by the names of the structure.
+
+        Args:
+            source: Name of the C file.
+            tensors: The tensors of the call, and None for those that are absent.
+            keywords: Its options.
+            new: What it writes beside them.
+            same: For a name of the structure another, which has its address.
+        """
         self._call = new_call(tensors, keywords)
         numbers = self._call.B * self._call.T * self._call.HV * self._call.V * self._call.K
         self._most_threads = max(1, numbers // _NUMBERS_PER_THREAD)
         self._source = source
         self._function = getattr(load(source), f"gdn_{source}")
+        self._function.argtypes = [ctypes.c_char_p]
+        names = [*(key for key, x in tensors.items() if x is not None), *new]
+        places = {name: i for i, name in enumerate(names)}
+        # The last address is the one of what is absent.
+        self._arrange = operator.itemgetter(
+            *(places.get(same.get(name, name), -1) for name in _ADDRESSES)
+        )
+        self._numbers: dict[int, bytes] = {}
 
-    def begin(self, pointers: Sequence[int]) -> Any:
-        """The structure of a call of this thread, with the addresses of its tensors."""
-        call = Call.from_buffer_copy(self._call)
-        for name, pointer in zip(self._names, pointers, strict=True):
-            setattr(call, name, pointer)
-        return call
-
-    def run(self, call: Any) -> int:
-        """What the C returns.
+    def run(self, addresses: Sequence[int]) -> int:
+        """What the C returns, of a call with these addresses of its tensors and of ``new``.
 
         Raises:
             MemoryError: a thread had none.
         """
-        call.threads = min(self._most_threads, torch.get_num_threads())
-        result = int(self._function(ctypes.byref(call)))
+        threads = min(self._most_threads, torch.get_num_threads())
+        numbers = self._numbers.get(threads)
+        if numbers is None:
+            self._call.threads = threads
+            numbers = self._numbers[threads] = bytes(self._call)[Call.B.offset :]
+        result = int(self._function(_pack(*self._arrange((*addresses, 0))) + numbers))
         if result == _NO_MEMORY:
             raise MemoryError(f"{self._source}: no memory for keys and queries in float32")
         return result
+
+
+def allocator(
+    shape: tuple[int, ...], dtype: torch.dtype, is_whole: bool = True
+) -> Callable[[], Tensor]:
+    """Makes contiguous tensors for a call that writes them whole, else zeros."""
+    if not is_whole:
+        return functools.partial(torch.zeros, shape, dtype=dtype)
+    empty = getattr(_quick, "_empty_strided_cpu", None)
+    if empty is None:
+        return functools.partial(torch.empty, shape, dtype=dtype)
+    return functools.partial(empty, shape, torch.empty(shape, device="meta").stride(), dtype)
 
 
 def new_call(tensors: dict[str, Any], keywords: dict[str, Any]) -> Any:

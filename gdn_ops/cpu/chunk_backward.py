@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import CallPlan, refusal, set_states, set_strides
+from .call import CallPlan, allocator, refusal, set_states, set_strides
 
 _ARGUMENTS = (
     *("d_o", "dfinal_state", "q", "k", "v", "g", "beta"),
@@ -31,30 +31,24 @@ class Plan(CallPlan):
 
     def __init__(self, name: str, args: Sequence[Tensor | None], keywords: dict[str, Any]) -> None:
         tensors = dict(zip(_ARGUMENTS, args, strict=False))
-        super().__init__("chunk_backward", tensors, keywords)
+        super().__init__("chunk_backward", tensors, keywords, [*_GRADIENTS.values()], {})
         call = self._call
         call.is_functional = True
         set_states(call, tensors)
         set_strides(call, "do", tensors["d_o"], "bthv")
         set_strides(call, "dfinal", tensors["dfinal_state"], "nhvk")
         q: Any = tensors["q"]
-        inputs = {key: tensors.get(key) for key in _GRADIENTS}
-        self._new: Any = [
-            (_GRADIENTS[key], ((0,), q.dtype) if x is None else (tuple(x.shape), x.dtype))
-            for key, x in inputs.items()
-        ]
+        inputs = (tensors.get(key) for key in _GRADIENTS)
         # Tokens of no sequence are not written.
-        self._empty = torch.empty if tensors.get("cu_seqlens") is None else torch.zeros
+        is_whole = tensors.get("cu_seqlens") is None
+        self._new = [
+            allocator((0,), q.dtype) if x is None else allocator(tuple(x.shape), x.dtype, is_whole)
+            for x in inputs
+        ]
         self._most_threads = min(self._most_threads, call.N * call.H)
 
     def __call__(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> Any:
-        """The gradients; an empty tensor for that of an input that is None."""
-        call = self.begin(pointers)
-        gradients = []
-        for name, (shape, dtype) in self._new:
-            gradient = self._empty(shape, dtype=dtype)
-            if gradient.numel():
-                setattr(call, name, gradient.data_ptr())
-            gradients.append(gradient)
-        self.run(call)
-        return tuple(gradients)
+        """The gradients; an empty tensor, without an address, for that of an input that is None."""
+        gradients = tuple([new() for new in self._new])
+        self.run((*pointers, *[x.data_ptr() for x in gradients]))
+        return gradients

@@ -6,10 +6,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .call import DTYPES, CallPlan, refusal, set_states
+from .call import DTYPES, CallPlan, allocator, refusal, set_states
 
 _SLOT_OUTSIDE = 1
 
@@ -35,29 +34,27 @@ class Plan(CallPlan):
 
     def __init__(self, name: str, args: Sequence[Tensor | None], keywords: dict[str, Any]) -> None:
         tensors = dict(zip(_ARGUMENTS[name], args, strict=False))
-        super().__init__("recurrent", tensors, keywords)
+        is_functional = _ARGUMENTS[name] is _FUNCTIONAL
+        new = ("o", "state") if is_functional else ("o",)
+        same = {} if is_functional else {"initial_state": "state"}
+        super().__init__("recurrent", tensors, keywords, new, same)
         call = self._call
-        call.is_functional = _ARGUMENTS[name] is _FUNCTIONAL
+        call.is_functional = is_functional
         call.has_tiles = name in ("chunk", "chunk_")
         set_states(call, tensors)
-        self._o: Any = ((call.B, call.T, call.HV, call.V), DTYPES[call.token_type])
-        self._states: Any = ((call.N, call.HV, call.V, call.K), DTYPES[call.state_type])
         # A token of no sequence, or of padding, is not written.
         is_whole = tensors.get("cu_seqlens") is None and tensors.get("state_indices") is None
-        self._empty = torch.empty if is_whole and call.null_index < 0 else torch.zeros
+        shape, dtype = (call.B, call.T, call.HV, call.V), DTYPES[call.token_type]
+        self._new_o = allocator(shape, dtype, is_whole and call.null_index < 0)
+        shape, dtype = (call.N, call.HV, call.V, call.K), DTYPES[call.state_type]
+        self._new_states = allocator(shape, dtype) if is_functional else None
 
     def __call__(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> Any:
         """The outputs; None where a slot is outside the pool, and nothing was written."""
-        call = self.begin(pointers)
-        shape, dtype = self._o
-        o = self._empty(shape, dtype=dtype)
-        call.o = o.data_ptr()
-        if call.is_functional:
-            shape, dtype = self._states
-            final_state = torch.empty(shape, dtype=dtype)
-            call.state = final_state.data_ptr()
-        else:
-            call.initial_state = call.state
-        if self.run(call) == _SLOT_OUTSIDE:
-            return None
-        return (o, final_state) if call.is_functional else o
+        o = self._new_o()
+        if self._new_states is None:
+            is_outside = self.run((*pointers, o.data_ptr())) == _SLOT_OUTSIDE
+            return None if is_outside else o
+        final_state = self._new_states()
+        self.run((*pointers, o.data_ptr(), final_state.data_ptr()))
+        return o, final_state
