@@ -136,10 +136,18 @@ typedef uint16_t Half;
             for (int64_t i = 0; i < n; i++) to[i] = CONVERT(p[i * stride]);        \
     }
 
+static inline void copy(float *to, const float *from, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) AT(to, i) = AT(from, i);
+    for (; i < n; i++) to[i] = from[i];
+}
+
 /* n numbers from element `at` on, as float32. */
 static void load(float *to, const void *from, int64_t at, int64_t stride, int64_t n, int type)
 {
-    if (type == FLOAT32) LOAD(float, )
+    if (type == FLOAT32 && stride == 1) copy(to, (const float *)from + at, n);
+    else if (type == FLOAT32) LOAD(float, )
     else if (type == BFLOAT16) LOAD(uint16_t, widen)
     else LOAD(Half, WIDEN_HALF)
 }
@@ -152,7 +160,7 @@ static void load(float *to, const void *from, int64_t at, int64_t stride, int64_
 
 static void store(void *to, int64_t at, const float *from, int64_t n, int type)
 {
-    if (type == FLOAT32) STORE(float, )
+    if (type == FLOAT32) copy((float *)to + at, from, n);
     else if (type == BFLOAT16) STORE(uint16_t, narrow)
     else STORE(Half, NARROW_HALF)
 }
