@@ -42,9 +42,11 @@ product_of_columns(Rows to, float factor, Rows from, Left a, Rows b, int64_t m, 
 {
     int64_t j = 0;
     for (; j + 2 * WIDE <= n; j += 2 * WIDE)
-        for (int64_t i = 0; i < m; i += BLOCK) product_block(to, factor, from, a, b, i, j, inner, 2);
+        for (int64_t i = 0; i < m; i += BLOCK)
+            product_block(to, factor, from, a, b, i, j, inner, 2);
     for (; j < n; j += WIDE)
-        for (int64_t i = 0; i < m; i += BLOCK) product_block(to, factor, from, a, b, i, j, inner, 1);
+        for (int64_t i = 0; i < m; i += BLOCK)
+            product_block(to, factor, from, a, b, i, j, inner, 1);
 }
 
 /* to = factor from + a b, of [m, n], [m, inner] and [inner, n]; m and n are multiples of 16.

@@ -2,9 +2,9 @@
 
        S <- exp(g) S + u k^T     u = beta (v - exp(g) S k)     o = scale S q
 
-   Built where it is first called (build.py); recurrent.py and call.py make its `Call`. A task is a sequence, a
-   key head and some of the rows of its value heads' states. Keys and queries are made float32,
-   normalised and scaled; the arithmetic is float32.
+   Built where it is first called (build.py); recurrent.py and call.py make its `Call`. A task is a
+   sequence, a key head and some of the rows of its value heads' states. Keys and queries are made
+   float32, normalised and scaled; the arithmetic is float32.
 
    For few tokens a state moves through memory once in each direction: ROWS rows are read for S k,
    and again, from the first cache, for all else. A float32 state is updated where it stays, others
