@@ -40,32 +40,18 @@ static void fetch_panel(const void *p, int64_t at, int64_t of_token, int64_t cou
     for (int64_t i = 0; i < count; i++) fetch(p, at + i * of_token, rows, type, is_written);
 }
 
-/* Rows of states, or of their gradients, to [K, panel]; without `from` zeros. */
-static void load_states(const Call *c, const void *from, int64_t at, int64_t of_row,
-                        int64_t of_channel, const Room *w, int64_t rows, float *to)
-{
-    int64_t width = w->tokens.width, P = w->panel;
-    ALIGNED float some[LANES * MAX_K];
-    for (int64_t i = 0; i < P; i += LANES) {
-        memset(some, 0, LANES * width * sizeof(float));
-        for (int64_t r = 0; from && r < least(rows - i, LANES); r++)
-            load(some + r * width, from, at + (i + r) * of_row, of_channel, c->K, c->state_type);
-        transpose((Rows){to + i, P}, (Rows){some, width}, LANES, width);
-    }
-}
-
 /* Rows `i_v` to `i_v + rows - 1` of a state, forwards and back. */
 static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n, int64_t r,
                       int64_t hv, int64_t i_v, int64_t rows)
 {
     int64_t K = c->K, width = w->tokens.width, P = w->panel, chunks = chunks_of(s->length);
-    ALIGNED float panel[2 * CHUNK * PANEL], u[CHUNK * PANEL], some[LANES * MAX_K];
+    ALIGNED float panel[2 * CHUNK * PANEL], u[CHUNK * PANEL];
     Gates of;
-    load_states(c, s->has_state ? c->initial_state : NULL, first_row(c, s, hv, i_v), K, 1, w, rows,
-                w->states);
-    load_states(c, c->dfinal_state,
-                n * c->dfinal_n + hv * c->dfinal_h + i_v * c->dfinal_v, c->dfinal_v, c->dfinal_k, w,
-                rows, w->G);
+    Place first = {first_row(c, s, hv, i_v), K, 1, K, rows, c->state_type};
+    Place last = {n * c->dfinal_n + hv * c->dfinal_h + i_v * c->dfinal_v,
+                  c->dfinal_v, c->dfinal_k, K, rows, c->state_type};
+    load_turned(s->has_state ? c->initial_state : NULL, first, (Rows){w->states, P}, width, P);
+    load_turned(c->dfinal_state, last, (Rows){w->G, P}, width, P);
     for (int64_t i = 0; i < chunks; i++) {
         int64_t t = s->start + i * CHUNK, count = least(s->length - i * CHUNK, CHUNK);
         int64_t at = s->b * c->v_b + t * c->v_t + hv * c->v_h + i_v * c->v_v;
@@ -93,12 +79,8 @@ static void walk_back(const Call *c, const Room *w, const Sequence *s, int64_t n
         for (int64_t x = 0; x < count; x++)
             store(c->dv, at_v + x * c->HV * c->V, panel + 2 * x * P, rows, c->token_type);
     }
-    int64_t at = ((n * c->HV + hv) * c->V + i_v) * K;
-    for (int64_t i = 0; c->dinitial_state && i < rows; i += LANES) {
-        transpose((Rows){some, width}, (Rows){w->G + i, P}, width, LANES);
-        for (int64_t x = 0; x < least(rows - i, LANES); x++)
-            store(c->dinitial_state, at + (i + x) * K, some + x * width, K, c->state_type);
-    }
+    Place of_first = {((n * c->HV + hv) * c->V + i_v) * K, K, 1, K, rows, c->state_type};
+    if (c->dinitial_state) store_turned(c->dinitial_state, of_first, (Rows){w->G, P}, width);
 }
 
 /* The gradient dy of what was prepared of a row of keys or queries, to that of the row itself. */

@@ -1,16 +1,14 @@
-/* Products of small float32 matrices whose rows lie in memory one after the other. */
+/* Products of small float32 matrices. */
+
+#include "transpose.h"
 
 enum { BLOCK = WIDE / 2 };
 
-/* A matrix by its elements' strides, and one by its rows'. */
+/* A matrix by the strides of its rows and columns. */
 typedef struct {
     const float *p;
     int64_t row, column;
 } Left;
-typedef struct {
-    float *p;
-    int64_t row;
-} Rows;
 
 /* BLOCK rows and some vectors of to = factor from + a b, whose sums are in registers. */
 static inline __attribute__((always_inline)) void
@@ -58,28 +56,4 @@ static void product(Rows to, float factor, Rows from, Left a, Rows b, int64_t m,
         product_of_columns(to, factor, from, (Left){a.p, 1, a.column}, b, m, n, inner);
     else
         product_of_columns(to, factor, from, a, b, m, n, inner);
-}
-
-/* to [n, m] = from [m, n]^T; m and n are multiples of 8. */
-static void transpose(Rows to, Rows from, int64_t m, int64_t n)
-{
-    for (int64_t i = 0; i < m; i += LANES)
-        for (int64_t j = 0; j < n; j += LANES) {
-            Vector x[LANES], y[LANES], z[LANES];
-            for (int r = 0; r < LANES; r++) x[r] = AT(from.p + (i + r) * from.row, j);
-            for (int r = 0; r < LANES; r += 2) {
-                y[r] = SHUFFLE(x[r], x[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-                y[r + 1] = SHUFFLE(x[r], x[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-            }
-            for (int r = 0; r < LANES; r += 4)
-                for (int p = 0; p < 2; p++) {
-                    z[r + 2 * p] = SHUFFLE(y[r + p], y[r + p + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-                    z[r + 2 * p + 1] = SHUFFLE(y[r + p], y[r + p + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-                }
-            for (int r = 0; r < 4; r++) {
-                AT(to.p + (j + r) * to.row, i) = SHUFFLE(z[r], z[r + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-                AT(to.p + (j + r + 4) * to.row, i) =
-                    SHUFFLE(z[r], z[r + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-            }
-        }
 }

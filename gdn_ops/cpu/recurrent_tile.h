@@ -1,6 +1,8 @@
 /* Many tokens: tiles of a state whose lanes are its rows, which a thread keeps from the first token
    of a sequence to the last. No sum goes across lanes. */
 
+#include "transpose.h"
+
 /* A token of a tile [width, TILE]: of the new rows the product with the query, and with the next
    key, which saves a pass for S k. */
 static inline __attribute__((always_inline)) void
@@ -27,26 +29,18 @@ step_of_tile(float *tile, int64_t width, Token a, Token next, int by_channel, co
     }
 }
 
-/* Rows of a state from memory to their tile. */
+/* Rows of a state from memory to their tile, and back. */
 static void load_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v, float *tile)
 {
-    int64_t K = c->K, rows = least(c->V - i_v, TILE);
-    float row[MAX_K];
-    memset(tile, 0, width_of(K) * TILE * sizeof(float));
-    for (int64_t r = 0; s->has_state && r < rows; r++) {
-        load(row, c->initial_state, first_row(c, s, hv, i_v + r), 1, K, c->state_type);
-        for (int64_t j = 0; j < K; j++) tile[j * TILE + r] = row[j];
-    }
+    Place rows = {first_row(c, s, hv, i_v), c->K, 1, c->K, least(c->V - i_v, TILE), c->state_type};
+    load_turned(s->has_state ? c->initial_state : NULL, rows, (Rows){tile, TILE}, width_of(c->K),
+                TILE);
 }
 
-static void store_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v, const float *tile)
+static void store_tile(const Call *c, const Sequence *s, int64_t hv, int64_t i_v, float *tile)
 {
-    int64_t K = c->K, rows = least(c->V - i_v, TILE);
-    float row[MAX_K];
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t j = 0; j < K; j++) row[j] = tile[j * TILE + r];
-        store(c->state, last_row(c, s, hv, i_v + r), row, K, c->state_type);
-    }
+    Place rows = {last_row(c, s, hv, i_v), c->K, 1, c->K, least(c->V - i_v, TILE), c->state_type};
+    store_turned(c->state, rows, (Rows){tile, TILE}, width_of(c->K));
 }
 
 /* A tile through `count` tokens that were prepared, of which the first is token t. */
