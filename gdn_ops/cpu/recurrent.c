@@ -44,6 +44,7 @@ step(const float *from, float *to, int64_t K, Token a, int by_channel, const flo
             AT(to + r * K, j) = S;
             sums[r] += S * q_j;
             if (j % 16 == 0) __builtin_prefetch(from + (r + ROWS) * K + j);
+            if (j % 16 == 0 && to != from) __builtin_prefetch(to + (r + ROWS) * K + j, 1);
         }
     }
     AT(o, 0) = totals(sums);
