@@ -19,7 +19,7 @@ from inputs import cu_seqlens, make_inputs, make_state
 from tolerance import assert_bitwise_equal
 
 import gdn_ops
-from gdn_ops.cpu import build
+from gdn_ops.cpu import build, chunk_backward
 from gdn_ops.cpu.call import Call
 from gdn_ops.cpu.recurrent import Plan
 
@@ -50,6 +50,17 @@ def test_decode_is_served_in_c(dtype, served):
     gdn_ops.recurrent_(*tokens, make_state(2, 4, 16, 32, dtype))
     gdn_ops.recurrent(*tokens)
     assert len(served) == 2
+
+
+@pytest.mark.parametrize("K", [32, 200])
+def test_gradients_are_served_in_c(K, monkeypatch):
+    calls = []
+    plan, call = chunk_backward.Plan, chunk_backward.Plan.__call__
+    monkeypatch.setattr(plan, "__call__", lambda *args: calls.append(args) or call(*args))
+    tokens = [x.requires_grad_() for x in make_inputs(1, 5, 1, 2, K, 16)]
+    o, _ = gdn_ops.chunk(*tokens)
+    torch.autograd.grad(o.sum(), tokens)
+    assert len(calls) == 1
 
 
 def test_what_the_c_does_not_serve_is_computed_all_the_same(served):

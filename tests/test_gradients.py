@@ -47,7 +47,7 @@ def test_gradients_equal_autograd_through_the_loop(operator, T, device):
 @operators
 @pytest.mark.parametrize(
     ("B", "T", "H", "HV", "K", "V"),
-    [(1, 65, 1, 2, 128, 20), (1, 40, 2, 2, 7, 40), (1, 9, 1, 3, 1, 1)],
+    [(1, 65, 1, 2, 128, 20), (1, 40, 2, 2, 7, 40), (1, 9, 1, 3, 1, 1), (1, 17, 1, 2, 40, 150)],
 )
 def test_gradients_of_any_sizes(operator, B, T, H, HV, K, V, device):
     tokens = make_inputs(B, T, H, HV, K, V, device=device)
