@@ -33,7 +33,7 @@ static void load_panel(const Call *c, float *to, int64_t stride, const void *fro
     }
 }
 
-/* The chunk of tokens that is walked next, or where its gradients go. */
+/* Rows of a chunk that is walked next, or that are written, fetched. */
 static void fetch_panel(const void *p, int64_t at, int64_t of_token, int64_t count, int64_t rows,
                         int type, const int is_written)
 {

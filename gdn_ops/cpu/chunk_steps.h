@@ -146,7 +146,8 @@ static void retreat(const Room *w, const Gates *of, int64_t chunk, const float *
     const float *by_channel = w->kq_by_channel + chunk * 2 * width * CHUNK;
     float *S = w->states + chunk * width * P, *dkq = w->dkq + chunk * 2 * width * CHUNK;
     ALIGNED float y[CHUNK * PANEL], x_T[PANEL * CHUNK], y_T[PANEL * CHUNK], do_T[PANEL * CHUNK];
-    ALIGNED float u_T[PANEL * CHUNK], scaled_T[PANEL * 2 * CHUNK], y_u[PAIRS], do_u[PAIRS];
+    ALIGNED float u_T[PANEL * CHUNK], tu_T[PANEL * CHUNK], y_u[PAIRS], do_u[PAIRS];
+    ALIGNED float scaled_T[PANEL * 2 * CHUNK]; /* columns -d_i e_i, then d_i do_i */
     ALIGNED float from_S[MAX_K * 2 * CHUNK], from_G[MAX_K * CHUNK], scaled[2 * CHUNK * PANEL];
     float dG[CHUNK], of_end[CHUNK], dbeta[CHUNK], of_state = 0;
 
@@ -161,18 +162,18 @@ static void retreat(const Room *w, const Gates *of, int64_t chunk, const float *
             sum += of_y * of_x;
             WIDE_AT(scaled_T, 2 * at - i) = of_y * beta * -from_start;
             WIDE_AT(scaled_T, 2 * at - i + CHUNK) = WIDE_AT(do_T, at) * from_start;
-            WIDE_AT(x_T, at) = of_x * beta;
-            WIDE_AT(u_T, at) = of_x * beta * WIDE_AT(of->to_end, i);
+            WIDE_AT(u_T, at) = of_x * beta;
+            WIDE_AT(tu_T, at) = of_x * beta * WIDE_AT(of->to_end, i);
         }
         WIDE_AT(dbeta, i) = sum;
     }
-    product((Rows){y_u, CHUNK}, 0, (Rows){0}, (Left){y_T, 1, CHUNK}, (Rows){x_T, CHUNK}, CHUNK,
+    product((Rows){y_u, CHUNK}, 0, (Rows){0}, (Left){y_T, 1, CHUNK}, (Rows){u_T, CHUNK}, CHUNK,
             CHUNK, P);
-    product((Rows){do_u, CHUNK}, 0, (Rows){0}, (Left){do_T, 1, CHUNK}, (Rows){x_T, CHUNK}, CHUNK,
+    product((Rows){do_u, CHUNK}, 0, (Rows){0}, (Left){do_T, 1, CHUNK}, (Rows){u_T, CHUNK}, CHUNK,
             CHUNK, P);
     product((Rows){from_S, 2 * CHUNK}, 0, (Rows){0}, (Left){S, P, 1}, (Rows){scaled_T, 2 * CHUNK},
             width, 2 * CHUNK, P);
-    product((Rows){from_G, CHUNK}, 0, (Rows){0}, (Left){w->G, P, 1}, (Rows){u_T, CHUNK}, width,
+    product((Rows){from_G, CHUNK}, 0, (Rows){0}, (Left){w->G, P, 1}, (Rows){tu_T, CHUNK}, width,
             CHUNK, P);
     for (int i = 0; i < CHUNK; i += WIDE) {
         Wide of_gates = {0}, of_key = {0};
