@@ -21,8 +21,8 @@ def is_faster(K: int, V: int, dtype: torch.dtype, heads: int, gpu: Gpu) -> bool:
         l2 norm    138 / 144   131 / 147   131 / 177   140 / 188   490 / 633   293 / 344
 
     Of 2x4096, where half of the multiprocessors are idle, two kernels take 180 and one 205. Lengths
-    of packed sequences are not known here: of one long sequence among short ones one kernel takes
-    up to 1.4 times as long as two.
+    of packed sequences are not known here: of one long sequence among short ones one kernel should
+    take up to 1.4 times as long as two (by the times of their chains; not measured).
 
     Args:
         K: Key size.
