@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,42 @@ def test_threads_do_not_change_a_bit(operator):
         torch.set_num_threads(1)
     for result in results[1:]:
         assert_all_equal(result, results[0])
+
+
+def make_gradient(threads, scale):
+    """A call of the gradient with so many threads, of outputs' gradients of this scale."""
+    torch.set_num_threads(threads)
+    tokens = [x.requires_grad_() for x in make_inputs(2, 256, 2, 4, 64, 64)]
+    o, _ = gdn_ops.chunk(*tokens)
+    d_o = torch.full_like(o, scale)
+    return lambda: torch.autograd.grad(o, tokens, d_o, retain_graph=True)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_call_leaves_small_numbers_to_its_caller(threads):
+    """Within it they are zero, in each of its threads; what torch computes then has them still."""
+    small = torch.full((1 << 20,), 1e-40)
+    gradients = make_gradient(2, 1e-40)()
+    assert not any(x.any() for x in gradients)
+    assert (small * 1).all()
+
+
+def test_gradients_that_have_decayed_take_no_longer(threads):
+    """Arithmetic with numbers below the least normal one would take many times as long."""
+    calls, times = [make_gradient(1, scale) for scale in (1.0, 1e-40)], ([], [])
+    for _ in range(7):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.process_time()
+            call()
+            taken.append(time.process_time() - start)
+    normal, small = map(min, times)
+    assert small < 3 * normal
 
 
 def test_calls_of_several_threads_do_not_share_their_arguments():

@@ -206,10 +206,12 @@ static void run(const Call *c, const Sequence *sequences, float *memory, int64_t
 #pragma omp parallel num_threads(c->threads) if (c->threads > 1)
     {
         Room w;
+        Mode mode = flush_subnormal();
         place(c, memory + thread_number() * numbers, &w);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t n = 0; n < c->N; n++)
             for (int64_t h = 0; h < c->H; h++) run_head(c, &w, &sequences[n], n, h);
+        set_mode(mode);
     }
 }
 

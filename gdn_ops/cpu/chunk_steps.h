@@ -3,9 +3,6 @@
 
 #include "products.h"
 
-/* Added and subtracted again it rounds to zero what is so small that arithmetic with it is slow. */
-#define TINY 1e-30f
-
 enum { CHUNK = 16, PANEL = 64, PAIRS = CHUNK * CHUNK };
 
 /* What a task has beside `Scratch`. Tokens of a chunk that the sequence has not are zero. */
@@ -43,14 +40,14 @@ static void find_gates(const Room *w, int64_t chunk, int64_t r, Gates *of)
     static const float identity[2 * CHUNK] = {[CHUNK] = 1};
     float decay = 1;
     for (int i = 0; i < CHUNK; i++) {
-        decay = decay * gates[2 * i] + TINY - TINY;
+        decay *= gates[2 * i];
         of->from_start[i] = decay;
         of->beta[i] = gates[2 * i + 1];
     }
     for (int j = 0; j < CHUNK; j += WIDE) {
         Wide D = {0};
         for (int i = 0; i < CHUNK; i++) {
-            D = D * gates[2 * i] + TINY - TINY;
+            D *= gates[2 * i];
             WIDE_AT(of->KK[i], j) = D * WIDE_AT(pairs + i * CHUNK, j);
             D += WIDE_AT(identity + CHUNK - i, j);
             WIDE_AT(of->D[i], j) = D;

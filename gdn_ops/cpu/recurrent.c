@@ -136,6 +136,7 @@ static void run(const Call *c, const Sequence *sequences, float *memory, int64_t
 #pragma omp parallel num_threads(c->threads) if (c->threads > 1)
     {
         Scratch w;
+        Mode mode = flush_subnormal();
         place(c, memory + thread_number() * numbers, &w);
 #pragma omp for collapse(3) schedule(dynamic)
         for (int64_t n = 0; n < c->N; n++)
@@ -144,6 +145,7 @@ static void run(const Call *c, const Sequence *sequences, float *memory, int64_t
                     if (sequences[n].is_live)
                         run_task(c, &w, &sequences[n], n, h, i * tiles / parts,
                                  (i + 1) * tiles / parts);
+        set_mode(mode);
     }
 }
 

@@ -13,6 +13,8 @@
 #include <omp.h>
 #endif
 
+#include "subnormal.h"
+
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 /* Numbers of a vector, to which keys and queries are padded; rows of a state that are walked
    together, with 4 of which a sum would wait for itself; numbers of a vector that no sum goes
