@@ -35,8 +35,8 @@ from .chunk_fused_walk import walk_high, walk_low
 from .chunk_scan_hopper import group_barrier, load_bounds_of_sequence
 
 # Registers of a thread: of the second walk, of ``invert`` and of ``load``. The first walk has what
-# they leave of 512. With 8 less a walk takes 3 to 5 % longer, with 8 more ``invert`` spills (H200,
-# Triton 3.6, 2026-11-30).
+# they leave of 512. With 8 less for a walk a prefill takes 3 to 9 % longer (H200, Triton 3.6,
+# 2026-11-30), with 8 more ``invert`` has too few for its products to be asynchronous.
 REGISTERS = gl.constexpr((200, 88, 24))
 
 
