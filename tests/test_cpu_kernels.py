@@ -21,7 +21,7 @@ from tolerance import assert_bitwise_equal
 
 import gdn_ops
 from gdn_ops.cpu import build, chunk_backward
-from gdn_ops.cpu.call import Call
+from gdn_ops.cpu.call import Call, allocator
 from gdn_ops.cpu.recurrent import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,6 +107,11 @@ def test_threads_do_not_change_a_bit(operator):
         torch.set_num_threads(1)
     for result in results[1:]:
         assert_all_equal(result, results[0])
+
+
+def test_memory_for_outputs_is_filled_where_pytorch_is_asked_to():
+    """As every test asks: what the C left unwritten is seen."""
+    assert allocator((3, 4), torch.float32)().isnan().all()
 
 
 def make_gradient(threads, scale):

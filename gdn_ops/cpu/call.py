@@ -10,20 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import load, structure
+from gdn_ops._allocate import Allocator
 
-try:
-    # Its function allocates in half the time of torch.empty. Code of Inductor calls it; it is
-    # private: without it calls only take longer.
-    from torch._C._dynamo import guards as _quick
-except ImportError:
-    _quick = None  # type: ignore[assignment]
+from .build import load, structure
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = {dtype: i for i, dtype in enumerate(DTYPES)}
 # Numbers of the states that are worth a thread: what one updates in some 5 us.
 _NUMBERS_PER_THREAD = 1 << 15
 _NO_MEMORY = 2
+_ALLOCATOR = Allocator(torch.device("cpu"))
 
 Call = structure("recurrent_call", "Call")
 _ADDRESSES = [name for name, kind in Call._fields_ if kind is ctypes.c_void_p]
@@ -103,10 +99,8 @@ def allocator(
     """Makes contiguous tensors for a call that writes them whole, else zeros."""
     if not is_whole:
         return functools.partial(torch.zeros, shape, dtype=dtype)
-    empty = getattr(_quick, "_empty_strided_cpu", None)
-    if empty is None:
-        return functools.partial(torch.empty, shape, dtype=dtype)
-    return functools.partial(empty, shape, torch.empty(shape, device="meta").stride(), dtype)
+    stride = torch.empty(shape, device="meta").stride()
+    return lambda: _ALLOCATOR.find()(shape, stride, dtype)
 
 
 def new_call(tensors: dict[str, Any], keywords: dict[str, Any]) -> Any:

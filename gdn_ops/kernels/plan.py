@@ -9,7 +9,6 @@ What only kernels see, their scratch included, a plan takes from one block of me
 costs the host about as much as a launch.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,12 +19,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-try:
-    # Its functions allocate on the current device in half the time of torch.empty_strided. Code of
-    # Inductor calls them; they are private: without them calls only take longer.
-    from torch._C._dynamo import guards as _quick
-except ImportError:
-    _quick = None  # type: ignore[assignment]
+from gdn_ops._allocate import Allocator
 
 # step(values, addresses, stream, is_watched): values and addresses have the same places, of which
 # the first is None, for what is absent. Hooks of Triton are called where a profiler watches.
@@ -98,8 +92,7 @@ class Plan:
         self._current_device = driver.active.get_current_device
         self._current_stream = driver.active.get_current_stream
         self._device = self._current_device()
-        self._empty_filled = functools.partial(_empty, device)
-        self._empty = getattr(_quick, f"_empty_strided_{device.type}", self._empty_filled)
+        self._allocator = Allocator(device)
 
     def __call__(self, tensors: Sequence[Tensor], pointers: list[int]) -> Any:
         """Do the steps on the current stream.
@@ -112,9 +105,7 @@ class Plan:
         if self._current_device() != device:
             with torch.cuda.device(device):
                 return self(tensors, pointers)
-        empty = self._empty
-        if torch.are_deterministic_algorithms_enabled():
-            empty = self._empty_filled
+        empty = self._allocator.find()
         values: list[Any] = [*self._absent, *tensors]
         addresses: list[Any] = [None]
         block = self._block
@@ -133,13 +124,6 @@ class Plan:
         for step in self._steps:
             step(values, addresses, stream, is_watched)
         return self._results(values)
-
-
-def _empty(
-    device: torch.device, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """Filled where ``torch.utils.deterministic.fill_uninitialized_memory`` asks for it."""
-    return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 def _items(places: tuple[int, ...]) -> Callable[[Any], tuple[Any, ...]]:
