@@ -18,7 +18,8 @@ import torch
 from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_state
 
 import gdn_ops
-from gdn_ops.kernels import chunk, chunk_fused
+from gdn_ops.kernels import chunk
+from gdn_ops.kernels.chunk_hopper import serves
 from gdn_ops.kernels.chunk_segments import Split
 from gdn_ops.kernels.configs import gpu_at
 
@@ -67,7 +68,7 @@ def segments(dtype, packed, sizes):
 def in_one_kernel(dtype, packed, sizes):
     """A prefill on a pool by the kernel that else serves those that fill the GPU."""
     _, HV, K, V = sizes
-    if not chunk_fused.is_faster(K, V, dtype, 1000 * HV, gpu_at(0)):
+    if not serves(K, V, gpu_at(0)) or dtype != torch.bfloat16:
         return
     shape = (1, sum(LENGTHS) + 165) if packed else (len(LENGTHS), 260)
     lengths = (*LENGTHS[:-1], LENGTHS[-1] + 160)

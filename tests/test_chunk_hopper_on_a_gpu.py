@@ -27,10 +27,10 @@ LENGTHS, PADDING = (0, 70, 0, 129, 1, 0), 30
 @pytest.fixture(autouse=True)
 def is_served(cuda):
     """Other GPUs, and other versions of Triton, have the plain scan alone."""
-    from gdn_ops.kernels.chunk_hopper import has_gluon
+    from gdn_ops.kernels.chunk_hopper import serves
     from gdn_ops.kernels.configs import gpu_at
 
-    if gpu_at(0).arch != "sm_90" or not has_gluon():
+    if not serves(K, V, gpu_at(0)):
         pytest.skip("needs sm_90 and the Gluon of a Triton that is known")
 
 

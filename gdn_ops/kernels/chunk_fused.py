@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import chunk_hopper
+from .chunk_hopper import serves
 from .configs import Gpu, cdiv
 from .launch import launch, strides
 
@@ -31,9 +31,8 @@ def is_faster(K: int, V: int, dtype: torch.dtype, heads: int, gpu: Gpu) -> bool:
         heads: States of the call.
         gpu: The GPU.
     """
-    is_served = gpu.arch == "sm_90" and (K, V, dtype) == (128, 128, torch.bfloat16)
-    rounds = cdiv(heads, gpu.multiprocessors)
-    return is_served and chunk_hopper.has_gluon() and heads >= 0.6 * rounds * gpu.multiprocessors
+    is_served = serves(K, V, gpu) and dtype == torch.bfloat16
+    return is_served and heads >= 0.6 * cdiv(heads, gpu.multiprocessors) * gpu.multiprocessors
 
 
 def launch_fused(

@@ -157,6 +157,7 @@ def walk(
     HAS_STATE: gl.constexpr = C[1]
     USE_QK_L2NORM: gl.constexpr = C[4]
     s_q, s_k, s_v = tiles
+    _, _, _, _, s_inverse, s_weights = factors
     s_decay, s_last, _, _, s_tail, s_norms = gates
     full, free, _, full_m, free_m = bars
     d_o, i_past = descriptors[3], addresses[4]
@@ -190,7 +191,7 @@ def walk(
         b_v = t_v.permute((1, 0)).load(XL)
         b_x = b_x * (-b_decay)[None, :] + b_v.to(gl.float32)
         a_x = gl.convert_layout(b_x.to(gl.bfloat16), XA)
-        b_u = warpgroup_mma(a_x, factors[4].index(i_slot), b_zero, use_acc=False, is_async=True)
+        b_u = warpgroup_mma(a_x, s_inverse.index(i_slot), b_zero, use_acc=False, is_async=True)
         b_S = b_S * s_last.index(i_stage).load(SR)[:, None]
         # Read once more, which takes fewer registers.
         b_o = b_o * t_decay.load(XC)[None, :]
@@ -198,7 +199,7 @@ def walk(
         a_u = gl.convert_layout(b_u.to(gl.bfloat16), XA)
         b_u = b_u * s_tail.index(i_stage).load(XC)[None, :]
         b_S = warpgroup_mma(gl.convert_layout(b_u.to(gl.bfloat16), SA), t_k, b_S, is_async=True)
-        b_o = warpgroup_mma(a_u, factors[5].index(i_slot), b_o, is_async=True)
+        b_o = warpgroup_mma(a_u, s_weights.index(i_slot), b_o, is_async=True)
         # After the last chunks the last one's once more, for nothing.
         i_next = gl.minimum(i + 2, chunks - 1)
         b_F = multiply_tokens(tiles, full, i_next, HALF)

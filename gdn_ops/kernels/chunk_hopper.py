@@ -15,6 +15,11 @@ def has_gluon() -> bool:
     return TRITON in GLUON
 
 
+def serves(K: int, V: int, gpu: Gpu) -> bool:
+    """Whether there are kernels in Gluon for these sizes, this GPU and the Triton at hand."""
+    return gpu.arch == "sm_90" and (K, V) == (128, 128) and has_gluon()
+
+
 def pick_scan(
     tiles: Any, K: int, V: int, heads: int, gpu: Gpu, is_late: bool, is_split: bool
 ) -> tuple[Any, Any, dict[str, Any]]:
@@ -34,8 +39,7 @@ def pick_scan(
         is_late: Whether tokens come and the output goes by descriptors.
         is_split: Whether packed sequences are split, whose places only ``scan_kernel`` looks up.
     """
-    is_served = gpu.arch == "sm_90" and (K, V, tiles.BT) == (128, 128, 64)
-    if not (is_served and is_late and has_gluon()) or is_split:
+    if not (serves(K, V, gpu) and tiles.BT == 64 and is_late) or is_split:
         return scan_kernel, tiles, {}
     # Not at the top: a Triton without Gluon has the other kernel.
     from .chunk_scan_hopper import scan_hopper_kernel
