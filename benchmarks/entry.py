@@ -1,14 +1,17 @@
 """One thing to measure in a row, and the process that measures: checked first, then timed."""
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.contender import Call, NotServed
-from benchmarks.timing import graph_times
+from benchmarks.timing import graph_times, summary
 
 OUT_OF_TIME = "not measured: time limit"
+# Of calls from Python: the clock of a virtual processor changes by half within a second.
+ROUNDS = 8
 
 
 class Wrong(Exception):
@@ -27,6 +30,20 @@ class Entry:
     check: Callable[[], dict[str, float]]
     calls: Callable[[], list[Call]]
     time: Callable[[list[Call]], dict] = graph_times
+
+
+@dataclass(frozen=True)
+class Side:
+    """A contender in a row of calls from Python, which take turns once all are checked.
+
+    ``sample`` times a few of them, whole and on the GPU alone; ``about`` says what else the row's
+    JSON has.
+    """
+
+    name: str
+    check: Callable[[], dict[str, float]]
+    sample: Callable[[], tuple[list[float], list[float]]]
+    about: Callable[[], dict]
 
 
 def refuse(errors: dict[str, float], bounds: Callable[[str], float]) -> None:
@@ -48,12 +65,45 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def measured(entry: Entry) -> dict:
-    """``us p10 p90`` and the errors of the check, or the ``reason`` why there are none."""
+def checked(x: Entry | Side) -> dict:
+    """The errors of the check, or the ``reason`` why there are none."""
     try:
-        errors = entry.check()
-        with torch.no_grad():
-            result = entry.time(entry.calls())
-        return result | {"errors": {name: float(f"{e:.2g}") for name, e in errors.items()}}
+        return {"errors": {name: float(f"{e:.2g}") for name, e in x.check().items()}}
     except Exception as error:
         return {"reason": reason(error)}
+
+
+def measured(entry: Entry) -> dict:
+    """``us p10 p90`` and the errors of the check, or the ``reason`` why there are none."""
+    found = checked(entry)
+    if "reason" in found:
+        return found
+    try:
+        with torch.no_grad():
+            return entry.time(entry.calls()) | found
+    except Exception as error:
+        return {"reason": reason(error)}
+
+
+@torch.no_grad()
+def measured_in_turn(sides: list[Side]) -> dict[str, dict]:
+    """``us p10 p90 gpu_us`` of sides that were checked, or the ``reason`` why there are none."""
+    walls: dict[str, list[float]] = {side.name: [] for side in sides}
+    times: dict[str, list[float]] = {side.name: [] for side in sides}
+    found: dict[str, dict] = {}
+    for i in range(ROUNDS):
+        for side in sides if i % 2 else reversed(sides):
+            if side.name in found:
+                continue
+            try:
+                wall, gpu = side.sample()
+            except Exception as error:
+                found[side.name] = {"reason": reason(error)}
+                continue
+            walls[side.name] += wall
+            times[side.name] += gpu
+    for side in sides:
+        if side.name not in found:
+            gpu_us = round(statistics.median(times[side.name]), 2)
+            found[side.name] = summary(walls[side.name]) | {"gpu_us": gpu_us} | side.about()
+    return found

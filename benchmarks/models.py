@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from benchmarks import exact, ours
-from benchmarks.contender import Call, NotServed
-from benchmarks.entry import Entry, refuse
+from benchmarks.contender import NotServed
+from benchmarks.entry import Side, refuse
 from benchmarks.rows import Row
 from benchmarks.timing import as_called
 
@@ -30,6 +30,8 @@ COMPILED = " compiled"
 # transformers with its own PyTorch functions, and with the library that it prefers.
 TRANSFORMERS, WITH_FLA = "HF", "HF with FLA"
 PROMPT, CACHE = 128, 2048
+# Calls after which all is compiled and captured.
+WARM_UP = 4
 # Its loop over chunks is unrolled: Inductor took 36 s for 32 chunks of one layer on a CPU.
 MOST_UNROLLED_LAYERS = 1
 
@@ -144,6 +146,7 @@ class Comparison:
     def __init__(self, row: Row, sizes: Sizes, device: str) -> None:
         self.row, self.sizes, self.device = row, sizes, device
         self.runners: dict[str, Runner] = {}
+        self.skips: dict[str, int] = {}
 
     @functools.cached_property
     def subject(self) -> Subject:
@@ -189,25 +192,26 @@ class Comparison:
         counters.clear()
         with functions_of(side, subject):
             runner = Runner(side, self.row, subject, self.tokens)
-            found = exact.errors(runner.results(), self.exact)
+            results = runner.results()
+            for _ in range(WARM_UP):
+                runner.prepare()
+                runner.call()
+        found = exact.errors(results, self.exact)
         refuse(found, lambda name: 2 * rounding[name])
+        self.skips[side] = counters["inductor"]["cudagraph_skips"]
         self.runners[side] = runner
         return found
 
-    def calls(self, side: str) -> list[Call]:
-        return [self.runners[side].call]
+    def sample(self, side: str) -> tuple[list[float], list[float]]:
+        """Microseconds of a few calls, whole and on the GPU alone."""
+        runner = self.runners[side]
+        with functions_of(side, self.subject):
+            return as_called(runner.call, runner.prepare)
 
-    def time(self, side: str, calls: list[Call]) -> dict:
-        """Times, the least bytes and operations, and how many graphs were no CUDA graphs."""
-        runner = self.runners.pop(side)
-        try:
-            with functions_of(side, self.subject):
-                result = as_called(calls[0], runner.prepare)
-            skips = counters["inductor"]["cudagraph_skips"]
-        finally:
-            # The memory of its CUDA graphs, and graphs that no other side can use.
-            torch._dynamo.reset()
-        return result | self.least() | ({"cudagraph_skips": skips} if skips else {})
+    def about(self, side: str) -> dict[str, int]:
+        """The least bytes and operations, and how many graphs were no CUDA graphs."""
+        skips = self.skips[side]
+        return self.least() | ({"cudagraph_skips": skips} if skips else {})
 
     def least(self) -> dict[str, int]:
         """Each weight read once, and a state once or twice; two operations a weight and token.
@@ -232,17 +236,17 @@ def sides_of(peers: tuple[str, ...]) -> list[str]:
     return sides
 
 
-def entries(
+def sides(
     row: Row, peers: tuple[str, ...], sizes: Sizes | None = None, device: str = "cuda"
-) -> list[Entry]:
+) -> list[Side]:
     """Every side, on the same weights and hidden states."""
     comparison = Comparison(row, sizes or {}, device)
     return [
-        Entry(
-            side,
-            functools.partial(comparison.check, side),
-            functools.partial(comparison.calls, side),
-            functools.partial(comparison.time, side),
+        Side(
+            name,
+            functools.partial(comparison.check, name),
+            functools.partial(comparison.sample, name),
+            functools.partial(comparison.about, name),
         )
-        for side in sides_of(peers)
+        for name in sides_of(peers)
     ]

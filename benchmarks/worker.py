@@ -16,7 +16,7 @@ import torch
 
 import gdn_ops
 from benchmarks import ours
-from benchmarks.entry import OUT_OF_TIME, Entry, measured
+from benchmarks.entry import OUT_OF_TIME, Entry, Side, checked, measured, measured_in_turn
 from benchmarks.peers import find
 from benchmarks.rows import LAYOUTS, MODELS, Row, parse
 from benchmarks.timing import ceilings
@@ -50,7 +50,7 @@ def machine(peers: tuple[str, ...]) -> dict:
     }
 
 
-def entries(row: Row, peers: tuple[str, ...]) -> list[Entry]:
+def entries(row: Row, peers: tuple[str, ...]) -> list[Entry] | list[Side]:
     """Everything to measure in a row."""
     if row.name in LAYOUTS:
         from benchmarks import layout
@@ -59,7 +59,7 @@ def entries(row: Row, peers: tuple[str, ...]) -> list[Entry]:
     if row.name in MODELS:
         from benchmarks import models
 
-        return models.entries(row, peers)
+        return models.sides(row, peers)
     from benchmarks import operators
 
     return operators.entries(row, peers)
@@ -77,6 +77,8 @@ def gpu_is_lost() -> bool:
 def measure_row(row: Row, job: dict, rows_to_come: int, say: Say) -> None:
     """Every entry of a row that an earlier worker did not finish."""
     done = job["done"].get(str(row), [])
+    waiting: list[Side] = []
+    errors: dict[str, dict] = {}
     for entry in entries(row, tuple(job["peers"])):
         if entry.name in done:
             continue
@@ -86,10 +88,19 @@ def measure_row(row: Row, job: dict, rows_to_come: int, say: Say) -> None:
             say(row=str(row), name=entry.name, result={"reason": OUT_OF_TIME})
             continue
         say(row=str(row), name=entry.name, started=time.time())
-        result = measured(entry)
+        result = measured(entry) if isinstance(entry, Entry) else checked(entry)
+        if isinstance(entry, Side) and "reason" not in result:
+            waiting.append(entry)
+            errors[entry.name] = result
+            continue
         say(row=str(row), name=entry.name, result=result)
         if "reason" in result and gpu_is_lost():
             sys.exit("the GPU does not answer this process any more")
+    for name, result in measured_in_turn(waiting).items():
+        say(row=str(row), name=name, result=result | errors[name])
+    if waiting:
+        # The memory of CUDA graphs, and graphs that no other row can use.
+        torch._dynamo.reset()
 
 
 def main() -> None:

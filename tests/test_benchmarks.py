@@ -9,7 +9,16 @@ import torch
 
 from benchmarks import exact, models, operators, ours, pack, report, suite, unpack
 from benchmarks.cases import make_case
-from benchmarks.entry import Entry, Wrong, measured, refuse
+from benchmarks.entry import (
+    ROUNDS,
+    Entry,
+    Side,
+    Wrong,
+    checked,
+    measured,
+    measured_in_turn,
+    refuse,
+)
 from benchmarks.peers import PEERS
 from benchmarks.rows import HEADLINE, ROWS, Heads, Row, bytes_moved, chosen, parse
 from gdn_ops.integrations.transformers import REPLACEMENTS
@@ -110,8 +119,8 @@ def test_a_layer_with_a_wrong_operator_is_not_timed(monkeypatch):
     monkeypatch.setitem(
         REPLACEMENTS, name, lambda q, k, v, **options: right(q, k, 1.1 * v, **options)
     )
-    entries = {e.name: e for e in models.entries(Row("layer", 2, 1), (), TINY, "cpu")}
-    assert measured(entries["gdn_ops eager"])["reason"].startswith("wrong: o is off by")
+    sides = {side.name: side for side in models.sides(Row("layer", 2, 1), (), TINY, "cpu")}
+    assert checked(sides["gdn_ops eager"])["reason"].startswith("wrong: o is off by")
 
 
 def test_the_floor_of_a_layer_is_its_weights_and_states_or_its_products():
@@ -156,6 +165,27 @@ def test_a_wrong_result_is_not_timed(error):
 
     result = measured(Entry("peer", check, calls))
     assert result["reason"].startswith("wrong: o is off by")
+
+
+def test_calls_from_python_take_turns_and_one_that_fails_does_not_end_the_others():
+    order = []
+
+    def side(name, *times):
+        def sample():
+            order.append(name)
+            if not times:
+                raise RuntimeError("lost")
+            return list(times), [time / 2 for time in times]
+
+        return Side(name, dict, sample, lambda: {"bytes": 8})
+
+    found = measured_in_turn([side("ours", 1.0, 2.0, 3.0), side("peer"), side("other", 5.0)])
+    # Each round in the opposite order of the one before, and a side that failed no more.
+    assert order[:5] == ["other", "peer", "ours", "ours", "other"]
+    assert order.count("ours") == order.count("other") == ROUNDS
+    assert found["ours"] == {"us": 2.0, "p10": 1.0, "p90": 3.0, "gpu_us": 1.0, "bytes": 8}
+    assert found["peer"] == {"reason": "RuntimeError: lost"}
+    assert found["other"]["us"] == 5.0
 
 
 def test_an_absent_peer_is_named_with_its_reason(monkeypatch):
