@@ -22,8 +22,6 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.utils import sympy_index_symbol
 from torch._inductor.virtualized import V
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .stages import stage_of
 
@@ -47,6 +45,15 @@ def remove_lowering(operator: torch._ops.OpOverload) -> None:
 def eager_call(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
     """The opaque call that Inductor makes of an operator without a lowering."""
     return fallback_handler(operator, add_to_fallback_set=False)(*args, **keywords)
+
+
+def captured_call(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
+    """The opaque call as a part of CUDA graphs, whatever the tags of the operator say."""
+    start, result = len(V.graph.operations), eager_call(operator, *args, **keywords)
+    for operation in V.graph.operations[start:]:
+        # Inductor looks for the tag in the node that an operation was made for.
+        vars(operation)["fx_node"] = None
+    return result
 
 
 def lowered(operator: torch._ops.OpOverload, *args: Any, **keywords: Any) -> Any:
@@ -291,8 +298,11 @@ def recorded_kernels(record: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fake_device() -> Iterator[None]:
-    """Inductor's share of ``fake_gpu``: it forgets what it knows of devices, before and after."""
+def fake_device(on_cpu: Callable[[], Any]) -> Iterator[None]:
+    """Inductor's share of ``fake_gpu``: it forgets what it knows of devices, before and after.
+
+    Constants are folded in a context of ``on_cpu``.
+    """
     from torch._dynamo import device_interface
     from torch._inductor.constant_folding import ConstantFolder
     from torch._inductor.fx_passes import joint_graph, post_grad
@@ -300,7 +310,7 @@ def fake_device() -> Iterator[None]:
     fold = ConstantFolder.run
 
     def fold_on_cpu(folder: ConstantFolder) -> Any:
-        with _OnCpu():  # type: ignore[no-untyped-call]
+        with on_cpu():
             return fold(folder)
 
     registry = dict(device_interface.device_interfaces)
@@ -319,17 +329,6 @@ def fake_device() -> Iterator[None]:
         device_interface.device_interfaces.clear()
         device_interface.device_interfaces.update(registry)
         device_interface._device_initialized = initialised
-
-
-class _OnCpu(TorchDispatchMode):
-    """Values that Inductor computes while it compiles are computed on the CPU."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        cpu = torch.device("cpu")
-        moved = pytree.tree_map_only(torch.device, lambda _: cpu, (args, kwargs or {}))
-        return func(*moved[0], **moved[1])
 
 
 def _forget_device() -> None:

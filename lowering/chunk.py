@@ -1,24 +1,21 @@
 """``chunk`` and ``chunk_`` as two templates, of ``gdn_ops/kernels/chunk_prepare.py`` and
 ``gdn_ops/kernels/chunk_scan.py``; where sequences are split, two more (chunk_segments.py)."""
 
-import logging
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]  # it has no stubs
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
 from gdn_ops.kernels import chunk as kernels
 from gdn_ops.kernels import chunk_prepare, chunk_scan
 from gdn_ops.kernels.chunk_segments import BN, WHOLE
-from gdn_ops.kernels.configs import Gpu, gpu_at
+from gdn_ops.kernels.configs import Gpu
 
-from . import _inductor, chunk_segments, epilogue, timing
+from . import _inductor, chunk_segments, timing
 from ._inductor import IRNode, Unsupported
+from .chunk_choice import Choice, choose
 from .prologue import GATES, Computed, take_computed
 from .template import Config, KernelTemplate, require_cuda
-
-log = logging.getLogger(__name__)
 
 
 @_inductor.symbolic_grid
@@ -66,27 +63,10 @@ def supports(q: IRNode, g: IRNode | None) -> None:
         )
 
 
-def _fits_descriptor(x: IRNode) -> bool:
-    """Whether every row of every head is known to start and end at a multiple of 16 bytes."""
-    count = 16 // x.get_dtype().itemsize
-    sizes, (batch, tokens, heads, inner) = x.get_size(), x.get_stride()
-    known = (
-        sympy.Eq(inner, 1),
-        *(sympy.Eq(n % count, 0) for n in (sizes[3], x.get_layout().offset)),
-    )
-    # Rows that fit make a batch of whole rows fit.
-    is_whole = sympy.And(sympy.Ne(tokens, 0), sympy.Eq(batch, sizes[1] * tokens))
-    return (
-        all(_inductor.is_known(relation) for relation in known)
-        and all(_inductor.is_multiple(step, count, sizes) for step in (tokens, heads))
-        and (_inductor.is_known(is_whole) or _inductor.is_multiple(batch, count, sizes))
-        and _inductor.is_aligned(x)
-    )
-
-
 def _call(
     tensors: dict[str, IRNode | None],
     gates: dict[str, Computed],
+    choice: Choice,
     scale: float | None,
     use_qk_l2norm: bool,
     null_index: int,
@@ -103,11 +83,7 @@ def _call(
     # Packed rows have one sequence more, the tokens of none.
     sequences = B if bounds is None else bounds.get_size()[0]
     dtype = q.get_dtype()
-    gpu = gpu_at(_inductor.device(q).index or 0)
-    heads = _inductor.hints([sequences])[0] * HV
-    fit = all(_fits_descriptor(x) for x in (q, k, v))
-    use_descriptors = gpu.has_descriptors and dtype != torch.float32 and fit
-    tiles, is_late = _choose_store(K, V, dtype, heads, gpu, use_descriptors, in_place)
+    gpu, tiles, use_descriptors, is_late, split, _ = choice
     constants: dict[str, Any] = {
         "H": H,
         "HV": HV,
@@ -119,7 +95,6 @@ def _call(
     }
     generators = timing.of_rows(q, bounds, tensors["state_indices"])
     _add_prepare(tensors, gates, tiles, gpu, constants, generators)
-    split = chunk_segments.choose(v, bounds, tiles, gpu)
     constants |= {"USE_DESCRIPTORS": use_descriptors}
     if split != WHOLE:
         tensors["segment_states"] = chunk_segments.enter_segments(
@@ -164,27 +139,6 @@ def _call(
     return own if stored is None else _inductor.as_result(stored)
 
 
-def _choose_store(
-    K: int,
-    V: int,
-    dtype: torch.dtype,
-    heads: int,
-    gpu: Gpu,
-    use_descriptors: bool,
-    in_place: bool,
-) -> tuple[kernels.Tiles, bool]:
-    """Tiles of the scan, and whether it stores its output late, by a descriptor."""
-    why_pointers = _why_pointers(in_place, use_descriptors)
-    tiles = kernels.pick(K, V, dtype, heads, gpu, why_pointers is None)
-    if why_pointers is None and not kernels.stores_late(tiles, gpu):
-        why_pointers = f"K = {K} on {gpu.arch} leaves no room for its tile"
-    if why_pointers is None:
-        log.debug("%s: o is stored by a descriptor: nothing can be fused into the store", SCAN.name)
-    else:
-        log.debug("%s: o is stored through pointers: %s", SCAN.name, why_pointers)
-    return tiles, why_pointers is None
-
-
 def _add_prepare(
     tensors: dict[str, IRNode | None],
     gates: dict[str, Computed],
@@ -220,18 +174,6 @@ def _add_prepare(
         **constants,
     )
     tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
-
-
-def _why_pointers(in_place: bool, use_descriptors: bool) -> str | None:
-    """Why the output is stored where Inductor can fuse into the store; None where it need not."""
-    if not use_descriptors:
-        return "its inputs are not read by descriptors"
-    operator = torch.ops.gdn.chunk_ if in_place else torch.ops.gdn.chunk
-    node = _inductor.node_of(operator.default)
-    if node is None:
-        return "what follows is not known"
-    fused = epilogue.may_be_fused(node)
-    return None if fused is None else f"{fused} may be fused into the store"
 
 
 def prepare_config(
@@ -270,17 +212,22 @@ def lower(
 ) -> Any:
     """``gdn::chunk``."""
     supports(q, g)
+    q, k, v = (_inductor.realize(x) for x in (q, k, v))
+    choice = choose(q, k, v, cu_seqlens, in_place=False)
+    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": initial_state}
+    inputs["cu_seqlens"] = cu_seqlens
+    if choice.is_call:
+        options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
+        return _inductor.captured_call(torch.ops.gdn.chunk.default, *inputs.values(), **options)
     N = q.get_size()[0] if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
     HV, V, K = (_inductor.static_int(x) for x in (*v.get_size()[2:], q.get_size()[3]))
     dtype = torch.float32 if initial_state is None else initial_state.get_dtype()
-    inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": initial_state}
-    inputs["cu_seqlens"] = cu_seqlens
     final_state = _inductor.new_buffer(v, [N, HV, V, K], dtype)
     inputs, gates = take_computed(inputs, GATES, 3, final_state)
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
     tensors |= dict.fromkeys(("state_indices", "has_initial_state", "read_indices"))
     tensors["final_state"] = final_state
-    o = _call(tensors, gates, scale, use_qk_l2norm, -1, in_place=False)
+    o = _call(tensors, gates, choice, scale, use_qk_l2norm, -1, in_place=False)
     return o, _inductor.as_result(final_state)
 
 
@@ -302,6 +249,16 @@ def lower_(
 ) -> Any:
     """``gdn::chunk_``."""
     supports(q, g)
+    q, k, v = (_inductor.realize(x) for x in (q, k, v))
+    choice = choose(q, k, v, cu_seqlens, in_place=True)
+    if choice.is_call:
+        rows = (state_indices, has_initial_state, cu_seqlens, read_indices)
+        return _inductor.captured_call(
+            *(torch.ops.gdn.chunk_.default, q, k, v, g, beta, state, *rows),
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+            null_index=null_index,
+        )
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state_indices": state_indices}
     inputs |= {"has_initial_state": has_initial_state, "cu_seqlens": cu_seqlens}
     inputs["read_indices"] = read_indices
@@ -309,4 +266,4 @@ def lower_(
     inputs, gates = take_computed(inputs, GATES, 3, state)
     tensors = {name: x and _inductor.realize(x) for name, x in inputs.items()}
     tensors["state"] = state
-    return _call(tensors, gates, scale, use_qk_l2norm, null_index, in_place=True)
+    return _call(tensors, gates, choice, scale, use_qk_l2norm, null_index, in_place=True)

@@ -17,7 +17,8 @@ from gdn_ops.kernels.configs import Gpu, gpu_at
 
 from . import _inductor
 from ._inductor import IRNode
-from .chunk import PREPARE, _fits_descriptor, prepare_config, supports
+from .chunk import PREPARE, prepare_config, supports
+from .chunk_choice import fits_descriptor
 from .template import Config, KernelTemplate
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -89,7 +90,7 @@ def _use_descriptors(gpu: Gpu, *tensors: IRNode) -> bool:
         gpu.has_descriptors
         and tensors[0].get_dtype() != torch.float32
         and not any(_inductor.is_known(sympy.Eq(step, 0)) for step in steps)
-        and all(_fits_descriptor(x) for x in tensors)
+        and all(fits_descriptor(x) for x in tensors)
     )
 
 

@@ -1,7 +1,6 @@
 """Long sequences in segments: the templates of ``gdn_ops/kernels/chunk_carry.py`` and
 ``gdn_ops/kernels/chunk_chain.py``, between those of ``lowering/chunk.py``."""
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,14 +10,12 @@ from torch.utils._sympy.functions import FloorDiv, Max
 
 from gdn_ops.kernels import chunk_carry, chunk_chain, chunk_segments
 from gdn_ops.kernels.chunk import Tiles
-from gdn_ops.kernels.chunk_segments import WHOLE, Split
+from gdn_ops.kernels.chunk_segments import Split
 from gdn_ops.kernels.configs import Gpu, cdiv
 
 from . import _inductor
 from ._inductor import IRNode
 from .template import Config, KernelTemplate
-
-log = logging.getLogger(__name__)
 
 # Tokens that a call of unknown length is expected to have: the longer its sequences, the more there
 # is to save, and a short one takes some 5 us more.
@@ -58,19 +55,22 @@ CHAIN = KernelTemplate(
 )
 
 
-def choose(v: IRNode, cu_seqlens: IRNode | None, tiles: Tiles, gpu: Gpu) -> Split:
-    """How to split the sequences of a call."""
-    B, T, HV, V = v.get_size()
+def expected(v: IRNode, cu_seqlens: IRNode | None) -> tuple[int, int, int]:
+    """Rows, sequences and tokens of a row, as far as they are known, else as they may be."""
+    B, T = v.get_size()[:2]
     N = B if cu_seqlens is None else cu_seqlens.get_size()[0] - 1
     rows, sequences, tokens = _inductor.hints([B, N, T])
     if not _inductor.is_known(sympy.Eq(T, tokens)):
         tokens = max(tokens, LONG * sequences // rows)
-    HV, V = _inductor.static_int(HV), _inductor.static_int(V)
+    return rows, sequences, tokens
+
+
+def choose(v: IRNode, cu_seqlens: IRNode | None, tiles: Tiles, gpu: Gpu) -> Split:
+    """How to split the sequences of a call."""
+    rows, sequences, tokens = expected(v, cu_seqlens)
+    HV, V = (_inductor.static_int(size) for size in v.get_size()[2:])
     chunks = rows * cdiv(tokens, tiles.BT)
-    split = chunk_segments.choose(sequences, chunks, HV, V, tiles.BK, tiles.BV, v.get_dtype(), gpu)
-    if split != WHOLE:
-        log.debug("gdn_chunk_scan: sequences are walked in up to %d segments", split.SEGMENTS)
-    return split
+    return chunk_segments.choose(sequences, chunks, HV, V, tiles.BK, tiles.BV, v.get_dtype(), gpu)
 
 
 def places(v: IRNode, cu_seqlens: IRNode | None, BT: int, split: Split) -> Any:

@@ -34,13 +34,25 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import convert_frame
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _inductor
 from .arch import Arch, find_arch
 from .generated import GeneratedModule, load
 
 CUDA = torch.device("cuda", 0)
+
+
+class _OnCpu(TorchDispatchMode):
+    """Values that Inductor computes while it compiles are computed on the CPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        cpu = torch.device("cpu")
+        moved = tree_map_only(torch.device, lambda _: cpu, (args, kwargs or {}))
+        return func(*moved[0], **moved[1])
 
 
 @contextlib.contextmanager
@@ -72,7 +84,7 @@ def fake_gpu(arch: str = "sm_90") -> Iterator[Arch]:
             )
         )
         stack.enter_context(_triton_driver(gpu))
-        stack.enter_context(_inductor.fake_device())
+        stack.enter_context(_inductor.fake_device(_OnCpu))
         yield gpu
 
 

@@ -8,7 +8,7 @@ import torch
 from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_state
 
 import gdn_ops
-from lowering import _inductor
+from lowering import _inductor, fake_gpu
 from lowering.fake_gpu import generate
 
 pytestmark = [
@@ -135,7 +135,7 @@ def _selections(call, **options):
 
     def select(name, choices, inputs, layout, input_gen_fns=None, **_):
         assert len({x.get_name() for x in inputs}) == len(inputs)
-        with _inductor._OnCpu():
+        with fake_gpu._OnCpu():
             timed = AlgorithmSelectorCache.get_inputs(choices, inputs, layout, input_gen_fns)
         scratch = timed.triton.input_tensors
         seen.append(([choice.description for choice in choices], inputs, scratch))
