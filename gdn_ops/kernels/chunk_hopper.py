@@ -27,8 +27,8 @@ def pick_scan(
 
     A program with one warp group of 64 rows where all of them have a multiprocessor for themselves,
     else with two, which share the tokens. us of a prefill of 32 heads, this scan / the plain one
-    (H200, Triton 3.6, 2026-11-29): 512 tokens 25 / 28, 8192 235 / 258, 4 x 2048 172 / 174, 4 x 8192
-    596 / 624.
+    (H200, Triton 3.6, 2026-11-30): 512 tokens 25 / 29, 8192 217 / 257, 2 x 4096 174 / 187; and on
+    2026-11-29 4 x 2048 172 / 174, 4 x 8192 596 / 624.
 
     Args:
         tiles: Those of ``scan_kernel``.

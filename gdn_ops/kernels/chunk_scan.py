@@ -233,7 +233,9 @@ def scan_kernel(
         d_weights = tl.make_tensor_descriptor(p_weights, [rows, BT], [HV * BT, 1], [BT, BT])
         d_decays = tl.make_tensor_descriptor(p_decays, [places * (HV * ROWS)], [1], [BT])
     if USE_DESCRIPTOR_STORE:
-        p_o = o + i_b * stride_o_b + i_first * stride_o_t + i_hv * stride_o_h
+        # Tokens of an empty sequence may begin where no memory is, which no descriptor may name.
+        p_o = o + i_b * stride_o_b + i_hv * stride_o_h
+        p_o += tl.where(length > 0, i_first, 0) * stride_o_t
         d_o = tl.make_tensor_descriptor(p_o, [rows, V], [stride_o_t, 1], [BT, BV])
 
     if USE_DESCRIPTOR_STORE:

@@ -10,7 +10,8 @@ barriers and the order of products are the author's. The roles of a program:
 
     walk    a warp group for each 64 of the ``BV`` rows of the state, which stay in its registers.
             Products are asynchronous: those of S with keys and queries run together, and none
-            waits for one that it does not read. The output leaves while the state is updated
+            waits for one that it does not read. While they run, the output of the chunk before
+            leaves
     load    one warp, which asks for the tiles of the next chunks by tensor descriptors, as soon as
             every group has left the chunk whose memory they take
 
@@ -24,17 +25,10 @@ barrier of its group, and needs none for this. Bytes, with ``BV`` 64 and 128:
     o                           128 BV       8192     16384
     decays                 3 x  256 ROWS     2304      2304    with USE_QK_L2NORM; else 1536
 
-One group has 240 registers a thread and reads all that an output needs at once; two groups have as
-many, read it when they need it, and spill nothing either.
+A thread of a walk has 240 registers and spills nothing.
 
 Needs K = V = 128, chunks of 64 tokens of 16 bits, descriptors for tokens and output, packed
-sequences that are whole, sm_90, and a Triton of ``GLUON`` in chunk_hopper.py.
-
-us of the scan alone, this kernel / chunk_scan.py, of 16 key heads and 32 value heads of bfloat16,
-sequences x tokens (H200, Triton 3.6, 2026-11-29; with descriptors made on the host, see
-chunk_hopper.py for those of a program):
-
-    1x8192   137 / 168        4x2048   72 / 84        8x1024   78 / 94        4x8192   264 / 300
+sequences that are whole, sm_90, and a Triton of ``GLUON`` in chunk_hopper.py, which has its times.
 """
 
 from triton.experimental import gluon
@@ -101,6 +95,17 @@ def load_chunks(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: g
 
 
 @gluon.jit
+def stage_output(b_od, b_out):
+    """One chunk of the output ``[64, BT]`` in shared memory; a barrier of the group."""
+    # Of the output before this one: its shared memory must have been read.
+    tma.store_wait(0)
+    group_barrier()
+    b_out.permute((1, 0)).store(b_od)
+    fence_async_shared()
+    group_barrier()
+
+
+@gluon.jit
 def walk_chunks(
     tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr, HALF: gl.constexpr
 ):
@@ -111,7 +116,6 @@ def walk_chunks(
     ROWS: gl.constexpr = C[3]
     scale: gl.constexpr = C[4]
     HAS_STATE: gl.constexpr = C[5]
-    ORDER: gl.constexpr = HALVES - 1
     s_q, s_k, s_v, s_inverse, s_weights, s_decays, s_o = tiles
     d_o = descriptors[6]
     full, free = bars
@@ -131,6 +135,8 @@ def walk_chunks(
         p_state += o_v[:, None] * stride_v + o_k[None, :] * stride_k
         b_S = gl.load(p_state, m_read, 0.0).to(gl.float32)
     b_out = s_o.index(HALF)
+    # The output of the chunk before, rounded: of a sum ptxas would have every product waited for.
+    b_od = b_zero.to(DOT)
     for i in range(chunks):
         i_stage = i % STAGES
         mbarrier.wait(full.index(i_stage), (i // STAGES) & 1)
@@ -144,14 +150,15 @@ def walk_chunks(
         b_Sd = gl.convert_layout(b_S.to(DOT), OPERAND)
         b_x = warpgroup_mma(b_Sd, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
         b_o = warpgroup_mma(b_Sd, b_q, b_zero, use_acc=False, is_async=True)
-        if ORDER == 0:
-            b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
-            b_last = t_last.load(gl.SliceLayout(1, STATE))
-            b_v = t_v.load(PLACE)
+        stage_output(b_od, b_out)
+        # Every warp has left the chunk before: no barrier for that alone.
+        mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
+        # Before the first chunk past the end, where nothing is written.
+        i_before = gl.where(i > 0, i - 1, chunks)
+        tma.async_copy_shared_to_global(d_o, [i_before * BT, i_first], b_out)
         b_x = warpgroup_mma_wait(1, deps=(b_x,))
-        if ORDER == 1:
-            b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
-            b_v = t_v.load(PLACE)
+        b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
+        b_v = t_v.load(PLACE)
         if ROWS == 3:
             b_ratio = s_decays.index(ROWS * i_stage + 1).load(gl.SliceLayout(0, PLACE))
             b_x = b_x * (b_decay * -b_ratio)[None, :] + b_v.to(gl.float32)
@@ -159,11 +166,9 @@ def walk_chunks(
             b_x = b_x * (-b_decay)[None, :] + b_v.to(gl.float32)
         b_xd = gl.convert_layout(b_x.to(DOT), OPERAND)
         b_u = warpgroup_mma(b_xd, b_inverse, b_zero, use_acc=False, is_async=True)
-        if ORDER == 1:
-            b_last = t_last.load(gl.SliceLayout(1, STATE))
-        b_S = b_S * b_last[:, None]
+        b_S = b_S * t_last.load(gl.SliceLayout(1, STATE))[:, None]
         b_o = warpgroup_mma_wait(1, deps=(b_o,))
-        if ORDER == 1:
+        if HALVES == 2:  # once more, which takes fewer registers
             b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
         b_o = b_o * b_decay[None, :]
         b_o = warpgroup_mma(b_xd, b_weights, b_o, is_async=True)
@@ -171,16 +176,12 @@ def walk_chunks(
         b_ud = gl.convert_layout(b_u.to(DOT), STATE_OPERAND)
         b_S = warpgroup_mma(b_ud, b_k, b_S, is_async=True)
         b_o = warpgroup_mma_wait(1, deps=(b_o,))
-        # Of the output before this one: its shared memory must have been read.
-        tma.store_wait(0)
-        group_barrier()
-        b_out.permute((1, 0)).store((b_o * scale).to(DOT))
-        fence_async_shared()
-        group_barrier()
-        # Every warp has left the chunk before: no barrier for that alone.
-        mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        tma.async_copy_shared_to_global(d_o, [i * BT, i_first], b_out)
+        b_od = (b_o * scale).to(DOT)
         b_S = warpgroup_mma_wait(0, deps=(b_S,))
+    # The tokens of an empty sequence may begin where no memory is, which no descriptor may name.
+    if chunks > 0:
+        stage_output(b_od, b_out)
+        tma.async_copy_shared_to_global(d_o, [(chunks - 1) * BT, i_first], b_out)
     p_final, stride_v, stride_k, m_last = write
     p_final += o_v[:, None] * stride_v + o_k[None, :] * stride_k
     gl.store(p_final, b_S.to(p_final.dtype.element_ty), m_last)
