@@ -3,6 +3,7 @@
 import numpy as np
 import oracle
 import pytest
+import tolerance
 import torch
 from chunk_witnesses import assert_equals_oracle, assert_updates_like_oracle, witnesses
 from delta_rule_cases import OPTIONS, SHAPES, shape_call
@@ -108,6 +109,18 @@ def test_keys_that_are_all_alike_lose_no_digits(BT, dtype, kernels, monkeypatch)
     tokens = make_inputs(1, 70, 1, 1, 20, 7, dtype)
     tokens.k[:] = tokens.k[:, :1].clone()
     assert_equals_oracle(kernels, ((*tokens._replace(g=None, beta=None),), {}))
+
+
+@pytest.mark.parametrize("beta", [0.99, 0.83], ids=str)
+def test_one_write_strength_for_keys_that_are_alike_loses_no_digits(beta, kernels):
+    """Rounded with it, all rows of the inverse would be off alike, and outputs by their sum."""
+    q, k, v, g, _ = make_inputs(1, 200, 1, 2, 128, 128, torch.bfloat16)
+    tokens = (q, k[:, :1] + k / 8, v, g / 64, torch.full_like(g, beta))
+    options = {"use_qk_l2norm": True}
+    found = tolerance.witnesses(oracle.delta_rule, *tokens, operands=q.dtype, **options)
+    exact, plain = (results[0] for results in found)
+    o = kernels.chunk(*tokens, **options)[0]
+    tolerance.assert_as_accurate_as_plain(o, exact, plain, terms=128, name="o")
 
 
 @pytest.mark.parametrize("g", [-100.0, -1e4, -torch.inf])
