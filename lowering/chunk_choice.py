@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 # 32 value heads, sequences x tokens, templates / call (H200, Triton 3.6, 2026-11-30; with copies of
 # the inputs into a CUDA graph, some 25 us for each 2048 tokens):
 #
-#     1x2048     1x8192     3x2048     4x2048     8x1024     64x128     4x8192     1x32768
-#     111 / 106  355 / 324  226 / 206  269 / 227  281 / 239  455 / 442  943 / 780  1255 / 1203
+#     1x512      1x1024     1x8192     4x2048     8x1024     64x128     4x8192     1x32768
+#     49 / 48    72 / 67    355 / 324  269 / 227  281 / 239  455 / 442  943 / 780  1255 / 1203
 #
 # With 4 key heads and 8 value heads, 1x8192 takes 142 / 143 and 1x32768 385 / 379.
 CALL_WHOLE, CALL_SPLIT = 1024, 16384
