@@ -22,11 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import gdn_ops  # noqa: F401 it registers the operators
 from gdn_ops._checks import arithmetic_dtype
-from gdn_ops.causal_conv1d import causal_conv1d, causal_conv1d_
-from gdn_ops.chunk import chunk, chunk_
 from gdn_ops.integrations.transformers.slot_state import SlotInputs, SlotState
-from gdn_ops.recurrent import recurrent, recurrent_
+
+# Themselves, not the functions around them: torch.compile guards the code and the defaults of each
+# function that it sees through, at every call of what it compiled.
+_CHUNK = (torch.ops.gdn.chunk.default, torch.ops.gdn.chunk_.default)
+_RECURRENT = (torch.ops.gdn.recurrent.default, torch.ops.gdn.recurrent_.default)
+_CONVOLVE = torch.ops.gdn.causal_conv1d.default
+_CONVOLVE_IN_PLACE = torch.ops.gdn.causal_conv1d_.default
 
 
 def chunk_gated_delta_rule(
@@ -68,7 +73,7 @@ def chunk_gated_delta_rule(
     """
     tokens = (query, key, value, g.to(arithmetic_dtype(query.dtype)), beta)
     return _gated_delta_rule(
-        (chunk, chunk_),
+        _CHUNK,
         tokens,
         initial_state,
         output_final_state,
@@ -96,7 +101,7 @@ def recurrent_gated_delta_rule(
     """
     tokens = (query, key, value, g.to(arithmetic_dtype(query.dtype)), beta)
     return _gated_delta_rule(
-        (recurrent, recurrent_),
+        _RECURRENT,
         tokens,
         initial_state,
         output_final_state,
@@ -165,7 +170,7 @@ def causal_conv1d_fn(
     if slots is not None:
         y = slots.convolve(x, weight, bias, fused)
     else:
-        y, _ = causal_conv1d(x, weight, bias, cu_seqlens=cu_seq_lens_q, activation=fused)
+        y, _ = _CONVOLVE(x, weight, bias, cu_seqlens=cu_seq_lens_q, activation=fused)
     return after(y.transpose(1, 2)).to(hidden_states.dtype)
 
 
@@ -196,11 +201,11 @@ def causal_conv1d_update(
     x = _in_dtype_of(weight, hidden_states).transpose(1, 2)
     history = conv_state[:, :, 1 - weight.shape[1] :]
     if _needs_gradient(x, weight, bias):
-        y, recent = causal_conv1d(x, weight, bias, history, activation=fused)
+        y, recent = _CONVOLVE(x, weight, bias, history, activation=fused)
         with torch.no_grad():
             history.copy_(recent)
     else:
-        y = causal_conv1d_(x, weight, bias, history, activation=fused)
+        y = _CONVOLVE_IN_PLACE(x, weight, bias, history, activation=fused)
     return after(y.transpose(1, 2)).to(hidden_states.dtype)
 
 
