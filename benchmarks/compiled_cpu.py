@@ -23,9 +23,10 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import rich.box
 import torch
-from cpu import SAMPLE_SECONDS, Row, hugging_face, make_inputs, processor
+from cpu import SAMPLE_SECONDS, processor
 from rich.console import Console
 from rich.table import Table
+from sides_cpu import Row, hugging_face, make_inputs
 
 import gdn_ops
 import lowering
