@@ -24,8 +24,8 @@ enum { TILE_TOKENS = 16, SEGMENT = 64 };
 
 /* A token: ROWS rows of K numbers from `from` to `to`, which may be the same; o is S q. The rows
    after these are fetched. */
-static inline __attribute__((always_inline)) void
-step(const float *from, float *to, int64_t K, Token a, int by_channel, const float *v, float *o)
+INLINE void step(const float *from, float *to, int64_t K, Token a, int by_channel, const float *v,
+                 float *o)
 {
     Vector sums[ROWS] = {0};
     float u[ROWS];
@@ -92,7 +92,7 @@ static void run_task(const Call *c, const Scratch *w, const Sequence *s, int64_t
         return;
     }
     int64_t of_head = tiles_of_head(c), R = c->HV / c->H;
-    prepare(c, w, s->b, h, s->start, s->length);
+    prepare(c, w, s->b, h, s->start, s->length, s->length);
     for (int64_t i = i_first; i < i_end; i++) {
         int64_t r = i / of_head, i_v = i % of_head * TILE, end = i_v + TILE;
         for (; i_v < end && i_v < c->V; i_v += ROWS) walk_rows(c, w, s, n, r, h * R + r, i_v);
@@ -105,6 +105,7 @@ static int64_t place(const Call *c, float *base, Scratch *w)
     int64_t R = c->HV / c->H, tiles = R * tiles_of_head(c);
     w->capacity = c->has_tiles ? SEGMENT : c->T;
     w->width = width_of(c->K);
+    w->inverse_norms = NULL;
     w->kq = base;
     w->gates = w->kq + whole(w->capacity * 2 * w->width);
     w->decays = w->gates + whole(R * w->capacity * 2);

@@ -5,9 +5,8 @@
 
 /* A token of a tile [width, TILE]: of the new rows the product with the query, and with the next
    key, which saves a pass for S k. */
-static inline __attribute__((always_inline)) void
-step_of_tile(float *tile, int64_t width, Token a, Token next, int by_channel, const Wide *u,
-             Wide *S_k, Wide *S_q)
+INLINE void step_of_tile(float *tile, int64_t width, Token a, Token next, int by_channel,
+                         const Wide *u, Wide *S_k, Wide *S_q)
 {
     /* Sums over even and odd channels, as one would wait for itself. */
     Wide q[2][2] = {{{0}}}, k[2][2] = {{{0}}};
@@ -64,8 +63,8 @@ static void walk_tile(const Call *c, const Scratch *w, const Sequence *s, int64_
         if (i + AHEAD < count) {
             int64_t ahead = t + i + AHEAD;
             fetch(c->v, s->b * c->v_b + ahead * c->v_t + hv * c->v_h + i_v * c->v_v, rows,
-                  c->token_type, 0);
-            fetch(c->o, ((s->b * c->T + ahead) * c->HV + hv) * c->V + i_v, rows, c->token_type, 1);
+                  c->token_type);
+            fetch(c->o, ((s->b * c->T + ahead) * c->HV + hv) * c->V + i_v, rows, c->token_type);
         }
         for (int x = 0; x < 2; x++) u[x] = (WIDE_AT(v, x * WIDE) - S_k[x] * a.decay) * a.beta;
         if (c->by_channel)
@@ -86,7 +85,7 @@ static void walk_tiles(const Call *c, const Scratch *w, const Sequence *s, int64
         load_tile(c, s, h * R + i / of_head, i % of_head * TILE, w->tiles + i * w->width * TILE);
     for (int64_t t = 0; t < s->length; t += w->capacity) {
         int64_t count = least(s->length - t, w->capacity);
-        prepare(c, w, s->b, h, s->start + t, count);
+        prepare(c, w, s->b, h, s->start + t, count, s->length - t);
         for (int64_t i = i_first; i < i_end; i++) {
             int64_t r = i / of_head, i_v = i % of_head * TILE;
             float *tile = w->tiles + i * w->width * TILE;
