@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_fused import is_faster, launch_fused
-from .chunk_hopper import pick_scan
+from .chunk_hopper import pick_scan, serves
 from .chunk_prepare import prepare_kernel
 from .chunk_segments import BN, WHOLE, choose, enter_segments
 from .configs import PREPARE_WARPS, SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
@@ -156,17 +156,15 @@ def prepare(
     use_qk_l2norm: bool,
     tiles: Tiles,
     is_scaled: bool = True,
+    starts_next: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``G``, ``inverse`` and with ``is_scaled`` ``weights`` of ``prepare_kernel``."""
     B, T, H, K = k.shape
     wide = torch.float64 if k.dtype == torch.float32 else torch.float32
     places = cdiv(T, tiles.BT)
     places = B * places if cu_seqlens is None else places + cu_seqlens.shape[0] - 1
-    G = torch.empty(
-        (places, HV, rows_of_decays(use_qk_l2norm, is_scaled), tiles.BT),
-        dtype=wide,
-        device=k.device,
-    )
+    rows = rows_of_decays(use_qk_l2norm, is_scaled)
+    G = torch.empty((places, HV, rows, tiles.BT), dtype=wide, device=k.device)
     inverse = torch.empty((B, T, HV, tiles.BT), dtype=k.dtype, device=k.device)
     weights = torch.empty_like(inverse) if is_scaled else None
     choice = prepare_choice(k.dtype, _gpu_at(k.device.index), tiles.BK, H, HV, places)
@@ -209,6 +207,7 @@ def prepare(
         STAGES=choice.STAGES,
         HEADS=choice.HEADS,
         NORMS_BY_PRODUCT=choice.NORMS_BY_PRODUCT,
+        STARTS_NEXT=starts_next,
         num_warps=choice.num_warps,
         num_stages=1,
     )
@@ -253,7 +252,9 @@ def _launch(
             null_index=null_index,
         )
     tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
-    G, inverse, weights = prepare(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles)
+    G, inverse, weights = prepare(
+        q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles, starts_next=serves(K, V, gpu)
+    )
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     is_late = use_descriptors and stores_late(tiles, gpu) and fits_descriptor(o)
     constants = {

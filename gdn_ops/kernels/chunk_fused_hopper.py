@@ -32,7 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .chunk_fused_inverse import BT, CUBE, NARROW, ROW, SLOTS, STAGES, TILE, invert
 from .chunk_fused_walk import walk_high, walk_low
-from .chunk_scan_hopper import group_barrier, load_bounds_of_sequence
+from .chunk_scan_hopper import load_bounds_of_sequence
+from .chunk_scan_walk import group_barrier
 
 # Registers of a thread: of the second walk, of ``invert`` and of ``load``. The first walk has what
 # they leave of 512. With 8 less for a walk a prefill takes 3 to 9 % longer (H200, Triton 3.6,
@@ -80,13 +81,16 @@ def store_gates(gates, b_g, b_beta, i_stage):
 
 
 @gluon.jit
-def load(tiles, factors, gates, bars, descriptors, addresses, chunks, C: gl.constexpr):
+def load(tiles, factors, gates, bars, tokens, addresses, chunks, C: gl.constexpr):
     """The role of one warp: tokens and gates of each chunk."""
     s_q, s_k, s_v = tiles
-    d_q, d_k, d_v, _ = descriptors
+    q, k, v, _, rows = tokens
     full, free, _, _, _ = bars
     i_skip = addresses[3]
-    b_g, b_beta = load_gates(addresses, chunks * 0, C)
+    make: gl.constexpr = tma.make_tensor_descriptor
+    d_k = make(k[0], [rows, 128], [k[1], 1], [BT, 128], TILE)
+    d_q = make(q[0], [rows, 128], [q[1], 1], [BT, 128], TILE)
+    d_v = make(v[0], [rows, 128], [v[1], 1], [BT, 64], TILE)
     for i in range(chunks):
         i_stage = i % STAGES
         bar = full.index(i_stage)
@@ -98,10 +102,10 @@ def load(tiles, factors, gates, bars, descriptors, addresses, chunks, C: gl.cons
         for half in gl.static_range(2):
             t_v = s_v.index(2 * i_stage + half)
             tma.async_copy_global_to_shared(d_v, [i_row, half * 64], bar, t_v)
+        b_g, b_beta = load_gates(addresses, i, C)
         store_gates(gates, b_g, b_beta, i_stage)
         group_barrier()
         mbarrier.arrive(bar, count=1)
-        b_g, b_beta = load_gates(addresses, i + 1, C)
 
 
 @gluon.jit
@@ -213,11 +217,6 @@ def fused_hopper_kernel(
     p_o = o + i_b * stride_o_b + i_first * stride_o_t + i_hv * stride_o_h
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = gl.maximum(length, 1)
-    make: gl.constexpr = tma.make_tensor_descriptor
-    d_q = make(p_q, [rows, 128], [stride_q_t, 1], [BT, 128], TILE)
-    d_k = make(p_k, [rows, 128], [stride_k_t, 1], [BT, 128], TILE)
-    d_v = make(p_v, [rows, 128], [stride_v_t, 1], [BT, 64], TILE)
-    d_o = make(p_o, [rows, 128], [stride_o_t, 1], [BT, 64], TILE)
     p_g, p_beta = g, beta
     if HAS_G:
         p_g += i_b * stride_g_b + i_first * stride_g_t + i_hv * stride_g_h
@@ -265,7 +264,13 @@ def fused_hopper_kernel(
         (s_u, s_du, s_d, t_zd, s_inverse, s_weights),
         (s_decay, s_last, s_G, s_beta, s_tail, s_norms),
         (full, free, full_u, full_m, free_m),
-        (d_q, d_k, d_v, d_o),
+        (
+            (p_q, stride_q_t),
+            (p_k, stride_k_t),
+            (p_v, stride_v_t),
+            (p_o, stride_o_t),
+            rows,
+        ),
         ((p_g, stride_g_t, p_beta, stride_beta_t, length), read, write, i_skip, i_past),
         chunks,
         C,

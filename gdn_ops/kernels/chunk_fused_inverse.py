@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .chunk_scan_hopper import group_barrier
+from .chunk_scan_walk import group_barrier
 
 # Tokens of a chunk; stages of tokens and gates, and of matrices.
 BT, STAGES, SLOTS = gl.constexpr(64), gl.constexpr(3), gl.constexpr(2)
@@ -157,7 +157,7 @@ def refine(b_z, b_R, t_u, t_du, t_z, zero):
 
 
 @gluon.jit
-def invert(tiles, factors, gates, bars, descriptors, addresses, chunks, C: gl.constexpr):
+def invert(tiles, factors, gates, bars, tokens, addresses, chunks, C: gl.constexpr):
     """The role of one warp group: the inverse of each chunk, from the factors that walks store."""
     USE_QK_L2NORM: gl.constexpr = C[4]
     s_u, s_du, s_d, t_zd, s_inverse, _ = factors

@@ -45,6 +45,8 @@ def pick_scan(
     from .chunk_scan_hopper import scan_hopper_kernel
 
     BV = 64 if 2 * heads <= gpu.multiprocessors else 128
-    # Of 8 warps, those of the roles, Triton would want 256 registers each, which ptxas refuses.
-    options = {"maxnreg": 240} if BV == 64 else {}
+    options: dict[str, Any] = {"launch_pdl": True}
+    if BV == 64:
+        # Of 8 warps, those of the roles, Triton would want 256 registers, which ptxas refuses.
+        options["maxnreg"] = 240
     return scan_hopper_kernel, tiles._replace(BV=BV, num_warps=4, num_stages=3), options

@@ -36,7 +36,7 @@ an order of magnitude more than the token loop.
 Tiles and flags: ``BT`` tokens of a chunk, 16, 32 or 64; ``BK >= K``, of which ``KB`` are read at
 once, STAGES ahead; ``BN`` bounds read at once; ``DOT`` the dtype of the products of keys;
 ``PRECISION`` the ``input_precision`` of float32 products; NORMS_BY_PRODUCT has tensor cores square
-what USE_QK_L2NORM normalises.
+what USE_QK_L2NORM normalises; STARTS_NEXT lets a kernel that waits for this one begin.
 """
 
 import triton
@@ -240,10 +240,13 @@ def prepare_kernel(
     STAGES: tl.constexpr,
     HEADS: tl.constexpr,
     NORMS_BY_PRODUCT: tl.constexpr,
+    STARTS_NEXT: tl.constexpr,
 ):
     """One chunk of HEADS value heads; the grid is ``places * HV // HEADS``."""
     tl.static_assert(BK >= K and (BT == 16 or BT == 32 or BT == 64))
     tl.static_assert(HV // H % HEADS == 0)
+    if STARTS_NEXT:
+        tl.extra.cuda.gdc_launch_dependents()
     i_first = tl.program_id(0) % (HV // HEADS) * HEADS
     i_h = i_first // (HV // H)
     i_c = tl.program_id(0) // (HV // HEADS)

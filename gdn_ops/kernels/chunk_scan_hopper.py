@@ -8,12 +8,14 @@ chunk_scan.py has the legend: tensors, strides, sizes, tiles and flags are the s
 order, so that one launch serves either kernel. This one is written in Gluon, in which layouts,
 barriers and the order of products are the author's. The roles of a program:
 
-    walk    a warp group for each 64 of the ``BV`` rows of the state, which stay in its registers.
-            Products are asynchronous: those of S with keys and queries run together, and none
-            waits for one that it does not read. While they run, the output of the chunk before
-            leaves
+    walk    a warp group for each 64 of the ``BV`` rows of the state, which stay in its registers
+            (chunk_scan_walk.py)
     load    one warp, which asks for the tiles of the next chunks by tensor descriptors, as soon as
             every group has left the chunk whose memory they take
+
+Each makes the descriptors that it uses, which take it about 1000 cycles each, while the other does
+what it can. A launch with ``launch_pdl`` begins when all programs of ``prepare_kernel`` have, and
+waits for them then.
 
 Shared memory has STAGES = 3 chunks, each with a barrier ``full``, on which the bytes of its tiles
 arrive, and one ``free``, on which each group arrives a chunk later: every warp has then passed a
@@ -32,26 +34,19 @@ chunk_hopper.py, which has its times.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .chunk_prepare import load_bounds
+from .chunk_scan_walk import (
+    group_barrier,
+    tile_layout,
+    wait_for_kernel_before,
+    walk_high,
+    walk_low,
+)
 
-# Triton 3.7 has another name for it.
-group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 # The same function, for a kernel of Gluon.
 load_bounds_of_sequence = gluon.jit(load_bounds.fn)
-
-
-@gluon.constexpr_function
-def tile_layout():
-    """Of a tile of 16-bit numbers, as descriptors and products have it."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 @gluon.constexpr_function
@@ -63,16 +58,28 @@ def row_layout(rank):
 
 
 @gluon.jit
-def load_chunks(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr):
+def load_chunks(tiles, bars, sources, read, write, i_v, i_skip, chunks, C: gl.constexpr):
     """The role of one warp: tiles of tokens, and the matrices and decays of their chunks."""
     BT: gl.constexpr = C[0]
     STAGES: gl.constexpr = C[1]
     HALVES: gl.constexpr = C[2]
     ROWS: gl.constexpr = C[3]
+    HV: gl.constexpr = C[7]
     s_q, s_k, s_v, s_inverse, s_weights, s_decays, _ = tiles
-    d_q, d_k, d_v, d_inverse, d_weights, d_decays, _ = descriptors
+    q, k, v, o, p_inverse, p_weights, p_decays, places = sources
+    rows = o[2]
     full, free = bars
     BYTES: gl.constexpr = 2 * BT * (2 * 128 + HALVES * 64 + 2 * BT) + ROWS * BT * 4
+    TILE: gl.constexpr = tile_layout()
+    ROW: gl.constexpr = row_layout(2)
+    make: gl.constexpr = tma.make_tensor_descriptor
+    d_k = make(k[0], [rows, 128], [k[1], 1], [BT, 128], TILE)
+    d_q = make(q[0], [rows, 128], [q[1], 1], [BT, 128], TILE)
+    d_v = make(v[0], [rows, 128], [v[1], 1], [BT, 64], TILE)
+    d_inverse = make(p_inverse, [rows, BT], [HV * BT, 1], [BT, BT], TILE)
+    d_weights = make(p_weights, [rows, BT], [HV * BT, 1], [BT, BT], TILE)
+    d_decays = make(p_decays, [places, ROWS * BT], [HV * ROWS * BT, 1], [1, BT], ROW)
+    wait_for_kernel_before()
     for i in range(chunks):
         i_stage = i % STAGES
         mbarrier.wait(free.index(i_stage), ((i // STAGES) & 1) ^ 1)
@@ -91,112 +98,6 @@ def load_chunks(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: g
             tma.async_copy_global_to_shared(d_v, [i_row, o_v], bar, b_v)
         tma.async_copy_global_to_shared(d_inverse, [i_row, 0], bar, s_inverse.index(i_stage))
         tma.async_copy_global_to_shared(d_weights, [i_row, 0], bar, s_weights.index(i_stage))
-
-
-@gluon.jit
-def stage_output(b_od, b_out):
-    """One chunk of the output ``[64, BT]`` in shared memory; a barrier of the group."""
-    # Of the output before this one: its shared memory must have been read.
-    tma.store_wait(0)
-    group_barrier()
-    b_out.permute((1, 0)).store(b_od)
-    fence_async_shared()
-    group_barrier()
-
-
-@gluon.jit
-def walk_chunks(
-    tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr, HALF: gl.constexpr
-):
-    """The role of a warp group: 64 rows of the state, from the first chunk to the last."""
-    BT: gl.constexpr = C[0]
-    STAGES: gl.constexpr = C[1]
-    HALVES: gl.constexpr = C[2]
-    ROWS: gl.constexpr = C[3]
-    scale: gl.constexpr = C[4]
-    HAS_STATE: gl.constexpr = C[5]
-    s_q, s_k, s_v, s_inverse, s_weights, s_decays, s_o = tiles
-    d_o = descriptors[6]
-    full, free = bars
-    DOT: gl.constexpr = s_k.dtype
-    # States [V, K], and what is multiplied by them [V, BT]; as operands in registers.
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    PLACE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
-    STATE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PLACE, 2)
-    b_zero = gl.zeros((64, BT), gl.float32, PLACE)
-    i_first = (i_v * HALVES + HALF) * 64
-    o_v = i_first + gl.arange(0, 64, layout=gl.SliceLayout(1, STATE))
-    o_k = gl.arange(0, 128, layout=gl.SliceLayout(0, STATE))
-    b_S = gl.zeros((64, 128), gl.float32, STATE)
-    if HAS_STATE:
-        p_state, stride_v, stride_k, m_read = read
-        p_state += o_v[:, None] * stride_v + o_k[None, :] * stride_k
-        b_S = gl.load(p_state, m_read, 0.0).to(gl.float32)
-    b_out = s_o.index(HALF)
-    # The output of the chunk before, rounded: of a sum ptxas would have every product waited for.
-    b_od = b_zero.to(DOT)
-    for i in range(chunks):
-        i_stage = i % STAGES
-        mbarrier.wait(full.index(i_stage), (i // STAGES) & 1)
-        b_k = s_k.index(i_stage)
-        b_q = s_q.index(i_stage).permute((1, 0))
-        b_inverse = s_inverse.index(i_stage).permute((1, 0))
-        b_weights = s_weights.index(i_stage).permute((1, 0))
-        t_v = s_v.index(HALVES * i_stage + HALF).permute((1, 0))
-        t_decay = s_decays.index(ROWS * i_stage)
-        t_last = s_decays.index(ROWS * i_stage + ROWS - 1)
-        b_Sd = gl.convert_layout(b_S.to(DOT), OPERAND)
-        b_x = warpgroup_mma(b_Sd, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        b_o = warpgroup_mma(b_Sd, b_q, b_zero, use_acc=False, is_async=True)
-        stage_output(b_od, b_out)
-        # Every warp has left the chunk before: no barrier for that alone.
-        mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        # Before the first chunk past the end, where nothing is written.
-        i_before = gl.where(i > 0, i - 1, chunks)
-        tma.async_copy_shared_to_global(d_o, [i_before * BT, i_first], b_out)
-        b_x = warpgroup_mma_wait(1, deps=(b_x,))
-        b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
-        b_v = t_v.load(PLACE)
-        if ROWS == 3:
-            b_ratio = s_decays.index(ROWS * i_stage + 1).load(gl.SliceLayout(0, PLACE))
-            b_x = b_x * (b_decay * -b_ratio)[None, :] + b_v.to(gl.float32)
-        else:
-            b_x = b_x * (-b_decay)[None, :] + b_v.to(gl.float32)
-        b_xd = gl.convert_layout(b_x.to(DOT), OPERAND)
-        b_u = warpgroup_mma(b_xd, b_inverse, b_zero, use_acc=False, is_async=True)
-        b_S = b_S * t_last.load(gl.SliceLayout(1, STATE))[:, None]
-        b_o = warpgroup_mma_wait(1, deps=(b_o,))
-        if HALVES == 2:  # once more, which takes fewer registers
-            b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
-        b_o = b_o * b_decay[None, :]
-        b_o = warpgroup_mma(b_xd, b_weights, b_o, is_async=True)
-        b_u = warpgroup_mma_wait(1, deps=(b_u,))
-        b_ud = gl.convert_layout(b_u.to(DOT), STATE_OPERAND)
-        b_S = warpgroup_mma(b_ud, b_k, b_S, is_async=True)
-        b_o = warpgroup_mma_wait(1, deps=(b_o,))
-        b_od = (b_o * scale).to(DOT)
-        b_S = warpgroup_mma_wait(0, deps=(b_S,))
-    # The tokens of an empty sequence may begin where no memory is, which no descriptor may name.
-    if chunks > 0:
-        stage_output(b_od, b_out)
-        tma.async_copy_shared_to_global(d_o, [(chunks - 1) * BT, i_first], b_out)
-    p_final, stride_v, stride_k, m_last = write
-    p_final += o_v[:, None] * stride_v + o_k[None, :] * stride_k
-    gl.store(p_final, b_S.to(p_final.dtype.element_ty), m_last)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def walk_low(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr):
-    """The first 64 rows."""
-    walk_chunks(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C, 0)
-
-
-@gluon.jit
-def walk_high(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C: gl.constexpr):
-    """The other 64 rows."""
-    walk_chunks(tiles, bars, descriptors, read, write, i_v, i_skip, chunks, C, 1)
 
 
 @gluon.jit
@@ -351,16 +252,6 @@ def scan_hopper_kernel(
     rows = gl.maximum(length, 1)
     places = gl.cdiv(rows, BT)
     TILE: gl.constexpr = tile_layout()
-    ROW: gl.constexpr = row_layout(2)
-    make: gl.constexpr = tma.make_tensor_descriptor
-    d_q = make(p_q, [rows, K], [stride_q_t, 1], [BT, K], TILE)
-    d_k = make(p_k, [rows, K], [stride_k_t, 1], [BT, K], TILE)
-    d_v = make(p_v, [rows, V], [stride_v_t, 1], [BT, 64], TILE)
-    d_o = make(p_o, [rows, V], [stride_o_t, 1], [BT, 64], TILE)
-    d_inverse = make(inverse + o_block, [rows, BT], [HV * BT, 1], [BT, BT], TILE)
-    d_weights = make(weights + o_block, [rows, BT], [HV * BT, 1], [BT, BT], TILE)
-    d_decays = make(p_decays, [places, ROWS * BT], [HV * ROWS * BT, 1], [1, BT], ROW)
-
     STAGES: gl.constexpr = 3
     HALVES: gl.constexpr = BV // 64
     s_q = gl.allocate_shared_memory(DOT, [STAGES, BT, K], TILE)
@@ -377,13 +268,22 @@ def scan_hopper_kernel(
         mbarrier.init(free.index(i), count=HALVES)
     fence_async_shared()
     group_barrier()
-    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, SEGMENTS > 1 or HAS_STATE)
+    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, SEGMENTS > 1 or HAS_STATE, SEGMENTS > 1, HV)
     # Where no token is valid all reads are past the end.
     i_skip = gl.where(is_live, 0, places)
     args = (
         (s_q, s_k, s_v, s_inverse, s_weights, s_decays, s_o),
         (full, free),
-        (d_q, d_k, d_v, d_inverse, d_weights, d_decays, d_o),
+        (
+            (p_q, stride_q_t),
+            (p_k, stride_k_t),
+            (p_v, stride_v_t),
+            (p_o, stride_o_t, rows),
+            inverse + o_block,
+            weights + o_block,
+            p_decays,
+            places,
+        ),
         read,
         write,
         i_v,
