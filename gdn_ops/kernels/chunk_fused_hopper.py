@@ -16,6 +16,7 @@ and their barriers, each with who arrives on it:
     full_m    its inverse is there, and what of factors made it may be overwritten (invert)
     free_m    the first walk needs its weights no more, which the second overwrites
 
+A role makes the descriptors that it uses: each takes about 1000 cycles, and others begin meanwhile.
 A walk leaves its factors of chunk i + 2 at the end of chunk i, so that ``invert`` has all of chunk
 i + 1 for them. Factors and inverses have two slots, tokens and gates three stages.
 

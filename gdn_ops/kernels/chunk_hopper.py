@@ -27,7 +27,7 @@ def pick_scan(
 
     A program with one warp group of 64 rows where all of them have a multiprocessor for themselves,
     else with two, which share the tokens. us of a prefill of 32 heads, this scan / the plain one
-    (H200, Triton 3.6, 2026-11-30): 512 tokens 25 / 29, 8192 217 / 257, 2 x 4096 174 / 187; and on
+    (H200, Triton 3.6, 2026-11-30): 512 tokens 22 / 29, 8192 212 / 257, 2 x 4096 172 / 187; and on
     2026-11-29 4 x 2048 172 / 174, 4 x 8192 596 / 624.
 
     Args:
@@ -45,6 +45,7 @@ def pick_scan(
     from .chunk_scan_hopper import scan_hopper_kernel
 
     BV = 64 if 2 * heads <= gpu.multiprocessors else 128
+    # Beside ``prepare_kernel``: 1 to 5 % of a prefill (H200, Triton 3.6, 2026-11-30).
     options: dict[str, Any] = {"launch_pdl": True}
     if BV == 64:
         # Of 8 warps, those of the roles, Triton would want 256 registers, which ptxas refuses.

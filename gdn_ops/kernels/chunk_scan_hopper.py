@@ -13,9 +13,9 @@ barriers and the order of products are the author's. The roles of a program:
     load    one warp, which asks for the tiles of the next chunks by tensor descriptors, as soon as
             every group has left the chunk whose memory they take
 
-Each makes the descriptors that it uses, which take it about 1000 cycles each, while the other does
-what it can. A launch with ``launch_pdl`` begins when all programs of ``prepare_kernel`` have, and
-waits for them then.
+A role makes the descriptors that it uses: each takes about 1000 cycles, and others begin meanwhile.
+A launch with ``launch_pdl`` begins when all programs of ``prepare_kernel`` have begun, and reads
+nothing of theirs before they are done.
 
 Shared memory has STAGES = 3 chunks, each with a barrier ``full``, on which the bytes of its tiles
 arrive, and one ``free``, on which each group arrives a chunk later: every warp has then passed a
