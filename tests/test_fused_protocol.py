@@ -98,6 +98,9 @@ class Copies:
     def __init__(self, trace):
         self.trace, self.stored = trace, []
 
+    def make_tensor_descriptor(self, *_):
+        return ANY
+
     def async_copy_global_to_shared(self, _, __, bar, tile):
         self.trace.append(("fill", tile.key, bar.key))
 
@@ -175,9 +178,10 @@ def _trace(role, chunks, has_norms, monkeypatch):
             LOAD: chunk_fused_hopper.load,
         }[role]
         of_state = (ANY, ANY, ANY, ANY)
+        tokens = ((ANY, ANY),) * 4 + (ANY,)
         addresses = ((ANY, ANY, ANY, ANY, ANY), of_state, of_state, 0, 0)
         flags = (1.0, True, True, True, has_norms)
-        function(tiles, factors, gates, bars, (ANY,) * 4, addresses, chunks, flags)
+        function(tiles, factors, gates, bars, tokens, addresses, chunks, flags)
     return trace
 
 
