@@ -279,7 +279,7 @@ static int64_t place(const Call *c, float *base, Room *w)
     w->tokens.width = width;
     w->tokens.kq = base;
     w->tokens.gates = w->tokens.kq + tokens * 2 * width;
-    w->tokens.decays = w->tokens.tiles = NULL;
+    w->tokens.decays = w->tokens.tiles = w->tokens.pairs = NULL;
     w->tokens.inverse_norms = w->tokens.gates + of_gates;
     w->kq_T = w->tokens.inverse_norms + tokens * 2;
     w->pairs = w->kq_T + tokens * 2 * width;

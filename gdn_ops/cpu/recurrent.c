@@ -109,7 +109,8 @@ static int64_t place(const Call *c, float *base, Scratch *w)
     w->kq = base;
     w->gates = w->kq + whole(w->capacity * 2 * w->width);
     w->decays = w->gates + whole(R * w->capacity * 2);
-    w->tiles = w->decays + (c->by_channel ? whole(R * w->capacity * w->width) : 0);
+    w->pairs = w->decays + (c->by_channel ? whole(R * w->capacity * w->width) : 0);
+    w->tiles = w->pairs + (c->has_tiles ? whole(w->capacity * 2) : 0);
     return w->tiles + (c->has_tiles ? tiles * w->width * TILE : 0) - base;
 }
 

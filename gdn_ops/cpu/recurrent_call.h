@@ -59,6 +59,7 @@ typedef struct {
     float *kq, *gates, *decays; /* [capacity, 2, width], [R, capacity, 2], [R, capacity, width] */
     float *tiles;               /* [R cdiv(V, TILE), width, TILE] */
     float *inverse_norms;       /* [capacity, 2], of keys and queries; NULL where nobody asks */
+    float *pairs;               /* [capacity / 2, 4], of recurrent_tile.h */
     int64_t width, capacity;
 } Scratch;
 
