@@ -66,28 +66,9 @@ INLINE void load_panel(const Call *c, float *to, int64_t stride, const void *fro
                        int64_t of_token, int64_t of_row, int64_t count, int64_t rows,
                        const int64_t P)
 {
-    int is_whole = c->token_type == FLOAT32 && of_row == 1 && rows == P;
-    for (int64_t i = 0; i < CHUNK; i++) {
-        const float *row = (const float *)from + at + i * of_token;
-        if (i >= count || !is_whole) memset(to + i * stride, 0, P * sizeof(float));
-        if (i < count && is_whole)
-            for (int64_t j = 0; j < P; j += WIDE) WIDE_AT(to + i * stride, j) = WIDE_AT(row, j);
-        else if (i < count)
-            load(to + i * stride, from, at + i * of_token, of_row, rows, c->token_type);
-    }
-}
-
-/* The same of dv, from every second row. */
-INLINE void store_panel(const Call *c, int64_t at, const float *from, int64_t count, int64_t rows,
-                        const int64_t P)
-{
-    int is_whole = c->token_type == FLOAT32 && rows == P;
-    for (int64_t i = 0; i < count; i++, at += c->HV * c->V, from += 2 * P) {
-        float *row = (float *)c->dv + at;
-        if (is_whole)
-            for (int64_t j = 0; j < P; j += WIDE) WIDE_AT(row, j) = WIDE_AT(from, j);
-        else
-            store(c->dv, at, from, rows, c->token_type);
+    for (int64_t i = 0; i < CHUNK; i++, to += stride, at += of_token) {
+        if (i >= count || rows < P) memset(to, 0, P * sizeof(float));
+        if (i < count) load_rows(to, from, at, of_row, rows, P, c->token_type);
     }
 }
 
@@ -101,18 +82,14 @@ static void fetch_panel(const void *p, int64_t at, int64_t of_token, int64_t cou
 /* Keys and queries of a chunk, by channel too, and their products with its keys. */
 static void prepare_chunk(const Call *c, const Room *w, const Sequence *s, int64_t h, int64_t i)
 {
-    int64_t R = c->HV / c->H, width = w->tokens.width, t = i * CHUNK;
-    int64_t count = least(s->length - t, CHUNK);
+    int64_t width = w->tokens.width, t = i * CHUNK, count = least(s->length - t, CHUNK);
     Scratch tokens = w->tokens;
     Chunk chunk = chunk_of(w, i);
     tokens.kq = chunk.kq;
     tokens.gates += 2 * t;
     tokens.inverse_norms += 2 * t;
     prepare(c, &tokens, s->b, h, s->start + t, count, s->length - t);
-    memset(chunk.kq + count * 2 * width, 0, (CHUNK - count) * 2 * width * sizeof(float));
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t x = 2 * count; x < 2 * CHUNK; x++)
-            tokens.gates[r * tokens.capacity * 2 + x] = 1;
+    pad(c, &tokens, count, CHUNK);
     for (int x = 0; x < 2; x++) {
         Rows from = {chunk.kq + x * width, 2 * width};
         transpose((Rows){chunk.kq_T + x * CHUNK, 2 * CHUNK}, from, CHUNK, width);
@@ -158,26 +135,26 @@ INLINE void come_back(const Call *c, const Room *w, const Sequence *s, const Wal
     fetch_panel(c->dv, at_v, c->HV * c->V, count, a->rows, c->token_type);
     retreat(&chunk, &of, w->states + i * width * P, w->G, w->x + t * P, rows, w->dgates + place,
             width, P);
-    store_panel(c, at_v, rows, count, a->rows, P);
+    for (int64_t x = 0; x < count; x++)
+        store_rows(c->dv, at_v + x * c->HV * c->V, rows + 2 * x * P, a->rows, P, c->token_type);
 }
 
-/* The same, with sizes that the compiler knows: those of models, and small ones. Gradients of
+INLINE void pass(const Call *c, const Room *w, const Sequence *s, const Walk *a, int64_t i,
+                 int is_back, const int64_t width, const int64_t P)
+{
+    if (is_back) come_back(c, w, s, a, i, width, P);
+    else advance(c, w, s, a, i, width, P);
+}
+
+/* Either, with sizes that the compiler knows: those of models, and small ones. Gradients of
    (1, 256, 16, 32, 128, 128) take 0.93, of (8, 512, 2, 4, 32, 32) 0.95 (Intel Xeon, 2026-11-30). */
-static void advance_known(const Call *c, const Room *w, const Sequence *s, const Walk *a, int64_t i)
+static void pass_chunk(const Call *c, const Room *w, const Sequence *s, const Walk *a, int64_t i,
+                       int is_back)
 {
     int64_t width = w->tokens.width;
-    if (width == 128 && a->P == 64) advance(c, w, s, a, i, 128, 64);
-    else if (width == 32 && a->P == 32) advance(c, w, s, a, i, 32, 32);
-    else advance(c, w, s, a, i, width, a->P);
-}
-
-static void come_back_known(const Call *c, const Room *w, const Sequence *s, const Walk *a,
-                            int64_t i)
-{
-    int64_t width = w->tokens.width;
-    if (width == 128 && a->P == 64) come_back(c, w, s, a, i, 128, 64);
-    else if (width == 32 && a->P == 32) come_back(c, w, s, a, i, 32, 32);
-    else come_back(c, w, s, a, i, width, a->P);
+    if (width == 128 && a->P == 64) pass(c, w, s, a, i, is_back, 128, 64);
+    else if (width == 32 && a->P == 32) pass(c, w, s, a, i, is_back, 32, 32);
+    else pass(c, w, s, a, i, is_back, width, a->P);
 }
 
 /* The gradient dy of a prepared key or query y = scale x / |x|, to that of x. */
@@ -185,11 +162,7 @@ static inline void through_norm(const Call *c, const float *y, float inverse_nor
                                 float *dy, void *dx, int64_t to, int64_t width)
 {
     float along = 0;
-    if (c->use_qk_l2norm && scale != 0) {
-        Vector products = {0};
-        for (int64_t j = 0; j < width; j += LANES) products += AT(y, j) * AT(dy, j);
-        along = total(products) / (scale * scale);
-    }
+    if (c->use_qk_l2norm && scale != 0) along = inner(y, dy, width) / (scale * scale);
     for (int64_t j = 0; j < width; j += LANES)
         AT(dy, j) = (AT(dy, j) - AT(y, j) * along) * (inverse_norm * scale);
     store(dx, to, dy, c->K, c->token_type);
@@ -252,10 +225,10 @@ static void walk(const Call *c, const Room *w, const Sequence *s, int64_t n, int
     load_turned(c->dfinal_state, last, (Rows){w->G, a.P}, width, a.P);
     for (int64_t x = 0; x < chunks; x++) {
         if (i == 0) prepare_chunk(c, w, s, h, x);
-        advance_known(c, w, s, &a, x);
+        pass_chunk(c, w, s, &a, x, 0);
     }
     for (int64_t x = chunks - 1; x >= 0; x--) {
-        come_back_known(c, w, s, &a, x);
+        pass_chunk(c, w, s, &a, x, 1);
         if (is_last) finish_chunk(c, w, s, h, x);
     }
     if (c->dinitial_state) store_turned(c->dinitial_state, of_first, (Rows){w->G, a.P}, width);

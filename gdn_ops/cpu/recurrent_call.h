@@ -235,12 +235,17 @@ static inline Vector totals(const Vector *x)
            SHUFFLE(z[0], z[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
+static inline float inner(const float *x, const float *y, int64_t width)
+{
+    Vector products = {0};
+    for (int64_t j = 0; j < width; j += LANES) products += AT(x, j) * AT(y, j);
+    return total(products);
+}
+
 /* What a row is divided by, which is padded with zeros. */
 static inline float norm(const float *x, int64_t width)
 {
-    Vector squares = {0};
-    for (int64_t j = 0; j < width; j += LANES) squares += AT(x, j) * AT(x, j);
-    return sqrtf(total(squares) + 1e-6f);
+    return sqrtf(inner(x, x, width) + 1e-6f);
 }
 
 /* Tokens between the one that is read and the one that is fetched. */
@@ -307,6 +312,15 @@ static void prepare(const Call *c, const Scratch *w, int64_t b, int64_t h, int64
             for (int64_t j = 0; j < K; j++) decays[j] = expf(decays[j]);
         }
     }
+}
+
+/* Tokens `first` to `end - 1` of those that are prepared as tokens that change no state, if their
+   values are zero. */
+static void pad(const Call *c, const Scratch *w, int64_t first, int64_t end)
+{
+    memset(w->kq + first * 2 * w->width, 0, (end - first) * 2 * w->width * sizeof(float));
+    for (int64_t r = 0; r < c->HV / c->H; r++)
+        for (int64_t x = 2 * first; x < 2 * end; x++) w->gates[r * w->capacity * 2 + x] = 1;
 }
 
 /* Token i of those that were prepared, for value head r of the key head. */

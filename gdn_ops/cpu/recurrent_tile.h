@@ -56,26 +56,11 @@ static void step_of_two(float *tile, int64_t width, float decay, const float *k,
     memcpy(X, sums, sizeof(sums));
 }
 
-static inline float inner(const float *x, const float *y, int64_t width)
-{
-    Vector sum = {0};
-    for (int64_t j = 0; j < width; j += LANES) sum += AT(x, j) * AT(y, j);
-    return total(sum);
-}
-
-/* Of each two tokens <k, k'>, <k, q>, <k, q'>, <k', q'>. One of zeros that changes no state follows
-   an odd number. */
+/* Of each two tokens <k, k'>, <k, q>, <k, q'>, <k', q'>; one more follows an odd number. */
 static void prepare_pairs(const Call *c, const Scratch *w, int64_t count)
 {
-    int64_t R = c->HV / c->H, width = w->width;
-    if (count % 2) {
-        memset(w->kq + count * 2 * width, 0, 2 * width * sizeof(float));
-        for (int64_t r = 0; r < R; r++) {
-            float *gates = w->gates + (r * w->capacity + count) * 2;
-            gates[0] = 1;
-            gates[1] = 0;
-        }
-    }
+    int64_t width = w->width;
+    pad(c, w, count, (count + 1) / 2 * 2);
     for (int64_t i = 0; i < count; i += 2) {
         const float *k = w->kq + i * 2 * width, *q = k + width, *k_2 = q + width;
         float *to = w->pairs + i * 2;
