@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import chunk
 from .chunk_backward_gradients import chunk_gradients_kernel
+from .chunk_backward_hopper import launch_gradients, pick_walks, serves_backward
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
 from .configs import TRITON, Gpu
@@ -139,8 +140,10 @@ def chunk_backward(
     )
     places = triton.cdiv(T, BT)
     places = B * places if cu_seqlens is None else places + N
-    states, dstates = q.new_empty(2, places, HV, V, K)
-    u, dr = v.new_empty(2, B, T, HV, V)
+    both_states = q.new_empty(2, places, HV, V, K)
+    states, dstates = both_states
+    writes = v.new_empty(2, B, T, HV, V)
+    u, dr = writes
     dq, dk, dv, dg, dbeta, dinitial_state = (
         _new_gradient(x, q) for x in (q, k, v, g, beta, initial_state)
     )
@@ -171,8 +174,14 @@ def chunk_backward(
         "num_stages": tiles.stages_scan,
     }
     scale = K**-0.5 if scale is None else scale
-    rows = N * HV * triton.cdiv(V, tiles.BV_SCAN)
-    chunk_replay_kernel[(rows,)](
+    replay, to_replay = chunk_replay_kernel, scan
+    reverse, to_reverse = chunk_reverse_kernel, scan
+    is_hopper = serves_backward(do, q, V, use_descriptors, gpu)
+    if is_hopper:
+        replay, for_replay, reverse, for_reverse = pick_walks(N * HV, gpu)
+        to_replay, to_reverse = scan | for_replay, scan | for_reverse
+    rows = N * HV * triton.cdiv(V, to_replay["BV"])
+    replay[(rows,)](
         *(k, v, beta, initial_state, cu_seqlens, G, inverse, states, u),
         *k.stride(),
         *v.stride(),
@@ -181,9 +190,9 @@ def chunk_backward(
         *strides(cu_seqlens, 1),
         *u.stride(),
         T,
-        **scan,
+        **to_replay,
     )
-    chunk_reverse_kernel[(rows,)](
+    reverse[(rows,)](
         *(do, dfinal_state, q, k, beta, cu_seqlens, G, inverse),
         *(dstates, dinitial_state, dr),
         *do.stride(),
@@ -196,8 +205,16 @@ def chunk_backward(
         T,
         scale=scale,
         HAS_DFINAL_STATE=dfinal_state is not None,
-        **scan,
+        **to_reverse,
     )
+    if is_hopper and cu_seqlens is None:
+        launch_gradients(
+            *(do, q, k, v, g, beta, G, both_states, writes, dq, dk, dv, dg, dbeta),
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+            gpu=gpu,
+        )
+        return dq, dk, dv, dg, dbeta, dinitial_state
     chunk_gradients_kernel[(places * H,)](
         *(do.contiguous(), q, k, v, beta, cu_seqlens, G, states, dstates, u, dr),
         *(dk, dv, dg, dbeta, dq),

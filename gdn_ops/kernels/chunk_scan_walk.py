@@ -19,9 +19,9 @@ group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.constexpr_function
-def tile_layout():
+def tile_layout(rank=2):
     """Of a tile of 16-bit numbers, as descriptors and products have it."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
 @gluon.jit

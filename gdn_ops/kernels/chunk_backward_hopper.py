@@ -1,0 +1,104 @@
+"""Launching stages of the chunked backward in Gluon, where that serves a call."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunk_backward_beta import chunk_beta_kernel
+from .chunk_hopper import serves
+from .configs import Gpu, cdiv, next_power_of_2
+from .launch import OPTIONS, strides
+
+
+def serves_backward(do: Tensor, q: Tensor, V: int, use_descriptors: bool, gpu: Gpu) -> bool:
+    """Whether the stages that walk chunks have kernels in Gluon for a call."""
+    is_served = serves(q.shape[3], V, gpu) and q.dtype == do.dtype == torch.bfloat16
+    return is_served and use_descriptors
+
+
+def pick_walks(heads: int, gpu: Gpu) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+    """The kernels of the first two stages, each with what its launch has else.
+
+    Rows of states as ``chunk_hopper.pick_scan`` has them.
+    """
+    # Not at the top: a Triton without Gluon has the other kernels.
+    from .chunk_backward_replay_hopper import replay_hopper_kernel
+    from .chunk_backward_reverse_hopper import reverse_hopper_kernel
+
+    BV = 64 if 2 * heads <= gpu.multiprocessors else 128
+    options: dict[str, Any] = {"BV": BV, "num_warps": 4, "num_stages": 1}
+    # Of 8 warps, those of the roles, Triton would want 256 registers, which ptxas refuses.
+    least = {"maxnreg": 240} if BV == 64 else {}
+    return replay_hopper_kernel, options | least, reverse_hopper_kernel, options
+
+
+def launch_gradients(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    G: Tensor,
+    states: Tensor,
+    writes: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dg: Tensor,
+    dbeta: Tensor,
+    *,
+    scale: float,
+    use_qk_l2norm: bool,
+    gpu: Gpu,
+) -> None:
+    """Write the gradients of tokens.
+
+    Args:
+        states: ``[2, places, HV, V, K]``, states and their gradients.
+        writes: ``[2, B, T, HV, V]``, u and dr.
+    """
+    # Not at the top: a Triton without Gluon has the other kernels.
+    from .chunk_backward_gradients_hopper import gradients_hopper_kernel
+
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    places = B * cdiv(T, 64)
+    programs = min(gpu.multiprocessors, places * H)
+    gradients_hopper_kernel[(programs,)](
+        *(do.contiguous(), q, k, beta, G, states, writes, dk, dv, dg, dbeta, dq),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *strides(beta, 3),
+        B,
+        T,
+        scale=scale,
+        H=H,
+        HV=HV,
+        HAS_G=g is not None,
+        HAS_BETA=beta is not None,
+        USE_QK_L2NORM=use_qk_l2norm,
+        num_warps=4,
+        num_stages=1,
+        **OPTIONS,
+    )
+    if beta is None:
+        return
+    chunk_beta_kernel[(places,)](
+        *(k, v, beta, G, states[0], *writes, dbeta),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *strides(beta, 3),
+        T,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        USE_QK_L2NORM=use_qk_l2norm,
+        BT=64,
+        BH=next_power_of_2(HV),
+        num_warps=8,
+        num_stages=1,
+        **OPTIONS,
+    )
