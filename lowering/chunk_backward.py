@@ -1,5 +1,9 @@
-"""``chunk_backward`` and ``recurrent_backward`` as four templates, one for each stage."""
+"""``chunk_backward`` and ``recurrent_backward`` as four templates, one for each stage.
 
+Where the operator itself has kernels in Gluon, which are no templates, it stays a call of it.
+"""
+
+import logging
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # it has no stubs
@@ -13,6 +17,7 @@ from gdn_ops.kernels import (
     chunk_backward_reverse,
 )
 from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backward, rows_of_heads
+from gdn_ops.kernels.chunk_backward_hopper import serves_backward
 from gdn_ops.kernels.configs import Gpu, gpu_at
 
 from . import _inductor
@@ -20,6 +25,8 @@ from ._inductor import IRNode
 from .chunk import PREPARE, prepare_config, supports
 from .chunk_choice import fits_descriptor
 from .template import Config, KernelTemplate
+
+log = logging.getLogger(__name__)
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -92,6 +99,16 @@ def _use_descriptors(gpu: Gpu, *tensors: IRNode) -> bool:
         and not any(_inductor.is_known(sympy.Eq(step, 0)) for step in steps)
         and all(fits_descriptor(x) for x in tensors)
     )
+
+
+def _is_call(do: IRNode, q: IRNode, k: IRNode, v: IRNode) -> bool:
+    """Whether the operator would run on kernels in Gluon, which take half of the time."""
+    if _inductor.is_packaged():
+        return False  # its code runs without Python
+    gpu = gpu_at(_inductor.device(q).index or 0)
+    K, V = (_inductor.static_int(x.get_size()[3]) for x in (q, v))
+    use_descriptors = _use_descriptors(gpu, q, k, v, do)
+    return serves_backward(do.get_dtype(), q.get_dtype(), K, V, use_descriptors, gpu)
 
 
 class _Call:
@@ -212,10 +229,19 @@ def lower(
 ) -> Any:
     """``gdn::chunk_backward`` and ``gdn::recurrent_backward``."""
     supports(q, g)
+    do, (q, k, v) = _inductor.contiguous(do), (_inductor.realize(x) for x in (q, k, v))
+    if _is_call(do, q, k, v):
+        log.debug("gdn_chunk_backward: stays a call of the operator: its kernels are in Gluon")
+        return _inductor.captured_call(
+            *(torch.ops.gdn.chunk_backward.default, do, dfinal_state, q, k, v),
+            *(g, beta, initial_state, cu_seqlens),
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+        )
     inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
     inputs |= {"dfinal_state": dfinal_state, "cu_seqlens": cu_seqlens}
     inputs = {name: x and _inductor.realize(x) for name, x in inputs.items()}
-    inputs["do"] = _inductor.contiguous(do)
+    inputs["do"] = do
     call = _Call(inputs, scale, use_qk_l2norm)
     made = call.prepare()
 

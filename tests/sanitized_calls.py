@@ -6,8 +6,9 @@ Results are not compared here, the tests of the operators do that: the sanitizer
 shows, accesses outside of a tensor, shared memory without a barrier between its writer and its
 reader, memory that is read before it is written. Lengths are ragged, packed ones include an empty
 sequence, and pools have slots that no sequence names. With ``--pointers`` no kernel uses tensor
-descriptors: initcheck does not see what they write. With ``--two-kernels`` no prefill is in one:
-racecheck does not see what orders its roles, which tests/test_fused_protocol.py checks.
+descriptors: initcheck does not see what they write. With ``--two-kernels`` no prefill is in one,
+and no backward has roles: racecheck does not see what orders them, which
+tests/test_fused_protocol.py and tests/test_backward_protocol.py check.
 """
 
 import itertools
@@ -18,7 +19,7 @@ import torch
 from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_state
 
 import gdn_ops
-from gdn_ops.kernels import chunk
+from gdn_ops.kernels import chunk, chunk_backward
 from gdn_ops.kernels.chunk_hopper import serves
 from gdn_ops.kernels.chunk_segments import Split
 from gdn_ops.kernels.configs import gpu_at
@@ -100,6 +101,8 @@ def convolution(dtype, packed, D):
 def main(names, with_descriptors, with_fused):
     if not with_descriptors:
         chunk._gpu_at = lambda index: gpu_at(index)._replace(has_descriptors=False)
+    if not with_fused:
+        chunk_backward.serves_backward = lambda *_: False
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     for name, packed in itertools.product(names or dtypes, (False, True)):
         for sizes in SIZES:

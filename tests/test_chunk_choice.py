@@ -39,6 +39,8 @@ def pool_of(K=128, V=128):
 
 SLOTS_OF = indices([3, 1, -1])
 CALL, CALL_ = "torch.ops.gdn.chunk.default", "torch.ops.gdn.chunk_.default"
+G = new(3, 1000, HV, dtype=torch.float32)
+BACKWARD = "torch.ops.gdn.chunk_backward.default"
 
 
 def calls(module):
@@ -65,12 +67,18 @@ def test_a_prefill_of_many_tokens_is_one_call_inside_of_a_cuda_graph(is_packed, 
     assert f"empty_strided_cuda(({SLOTS}," not in module.code
 
 
-def test_training_calls_the_operator_forward_and_has_templates_backward():
-    x = [y.requires_grad_() for y in (*tokens()[:3], new(3, 1000, HV, dtype=torch.float32))]
-    forward, backward = generate(gdn_ops.chunk, x)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+def test_training_calls_the_operators_that_have_kernels_in_gluon(dtype, caplog):
+    x = [y.requires_grad_() for y in (*tokens(dtype=dtype)[:3], G)]
+    with caplog.at_level(logging.DEBUG, "lowering"):
+        forward, backward = generate(gdn_ops.chunk, x, mode="reduce-overhead")
+    is_called = dtype == BF16
     assert calls(forward) == {CALL: 1}
-    assert calls(backward) == {}
-    assert "template" in {launch.kernel.kind for launch in backward.launches}
+    assert calls(backward) == ({BACKWARD: 1} if is_called else {})
+    assert forward.cudagraph_skips == backward.cudagraph_skips == []
+    said = "gdn_chunk_backward: stays a call of the operator: its kernels are in Gluon"
+    assert (said in caplog.messages) == is_called
+    assert ("template" in {launch.kernel.kind for launch in backward.launches}) == (not is_called)
 
 
 def test_lengths_that_are_not_known_have_one_module_which_calls():

@@ -176,7 +176,7 @@ def chunk_backward(
     scale = K**-0.5 if scale is None else scale
     replay, to_replay = chunk_replay_kernel, scan
     reverse, to_reverse = chunk_reverse_kernel, scan
-    is_hopper = serves_backward(do, q, V, use_descriptors, gpu)
+    is_hopper = serves_backward(do.dtype, q.dtype, K, V, use_descriptors, gpu)
     if is_hopper:
         replay, for_replay, reverse, for_reverse = pick_walks(N * HV, gpu)
         to_replay, to_reverse = scan | for_replay, scan | for_reverse

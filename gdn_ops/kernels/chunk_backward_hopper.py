@@ -11,10 +11,26 @@ from .configs import Gpu, cdiv, next_power_of_2
 from .launch import OPTIONS, strides
 
 
-def serves_backward(do: Tensor, q: Tensor, V: int, use_descriptors: bool, gpu: Gpu) -> bool:
-    """Whether the stages that walk chunks have kernels in Gluon for a call."""
-    is_served = serves(q.shape[3], V, gpu) and q.dtype == do.dtype == torch.bfloat16
-    return is_served and use_descriptors
+def serves_backward(
+    do_dtype: torch.dtype, dtype: torch.dtype, K: int, V: int, use_descriptors: bool, gpu: Gpu
+) -> bool:
+    """Whether stages have kernels in Gluon for a call.
+
+    All three have of a batch, the two that walk chunks also of packed sequences. us of the backward
+    with l2 norm, 16 key heads and 32 value heads, plain / Gluon (H200, Triton 3.6, 2026-11-30):
+
+        1x8192        4x8192         1x32768
+        1308 / 690    3744 / 1920    4985 / 2965
+
+    Args:
+        do_dtype: Dtype of the gradient of the output.
+        dtype: Dtype of tokens.
+        K: Key size.
+        V: Value size.
+        use_descriptors: Whether tokens may be read and written by tensor descriptors.
+        gpu: The GPU.
+    """
+    return serves(K, V, gpu) and use_descriptors and dtype == do_dtype == torch.bfloat16
 
 
 def pick_walks(heads: int, gpu: Gpu) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:

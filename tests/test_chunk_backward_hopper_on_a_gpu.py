@@ -1,0 +1,180 @@
+"""Kernels of the backward for Hopper on its GPU: against autograd through the loop over tokens."""
+
+import functools
+from unittest import mock
+
+import oracle
+import pytest
+import torch
+from autograd_oracle import assert_equals_autograd, gradients_of
+from inputs import cu_seqlens, make_inputs, make_state
+from tolerance import assert_bitwise_equal
+
+import gdn_ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
+
+H, HV, K, V = 1, 2, 128, 128
+BF16, FP32 = torch.bfloat16, torch.float32
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+# Empty sequences first, between and last; then 30 tokens of padding.
+LENGTHS, PADDING = (0, 70, 0, 129, 1, 0), 30
+
+
+@pytest.fixture(autouse=True)
+def is_served(cuda):
+    """Other GPUs, and other versions of Triton, have the plain kernels alone."""
+    from gdn_ops.kernels.chunk_hopper import serves
+    from gdn_ops.kernels.configs import gpu_at
+
+    if not serves(K, V, gpu_at(0)):
+        pytest.skip("needs sm_90 and the Gluon of a Triton that is known")
+
+
+def by(form, call):
+    """The results of ``call`` by walks of 1 or 2 warp groups, 0: by the plain kernels."""
+    from gdn_ops.kernels import chunk_backward
+
+    own, launch = chunk_backward.pick_walks, chunk_backward.launch_gradients
+
+    def pick(heads, gpu):
+        return own(1 if form == 1 else gpu.multiprocessors, gpu)
+
+    walks = mock.Mock(side_effect=pick)
+    gradients = mock.Mock(side_effect=launch)
+    serves = chunk_backward.serves_backward if form else lambda *_: False
+    with (
+        mock.patch.object(chunk_backward, "pick_walks", walks),
+        mock.patch.object(chunk_backward, "launch_gradients", gradients),
+        mock.patch.object(chunk_backward, "serves_backward", serves),
+    ):
+        results = call()
+    assert walks.called == bool(form)
+    return results, gradients.called
+
+
+def make_batch(B=2, T=200, state=FP32, heads=(H, HV), **options):
+    tokens = make_inputs(
+        *(B, T, *heads, K, V, BF16),
+        device="cuda",
+        beta_dtype=BF16,
+        unit_keys="use_qk_l2norm" not in options,
+    )
+    initial = None if state is None else make_state(B, heads[1], V, K, state, device="cuda")
+    return [*tokens, initial], options
+
+
+def make_packed(**options):
+    (*tokens, _), options = make_batch(1, sum(LENGTHS) + PADDING, **options)
+    initial = make_state(len(LENGTHS), HV, V, K, device="cuda")
+    return [*tokens, initial, cu_seqlens(LENGTHS, device="cuda")], options
+
+
+def make_without(*places, **options):
+    args, options = make_batch(**options)
+    for place in places:
+        args[place] = None
+    return args, options
+
+
+def make_weightless(**options):
+    """Tokens here and there that write nothing, and next to nothing."""
+    args, options = make_batch(**options)
+    args[4][:, ::7] = 0.0
+    args[4][0, 3::7] = 2.0**-110
+    args[4][1, 3::7, 1] = 2.0**-90
+    return args, options
+
+
+def make_alike(**options):
+    """Chunks whose triangular matrices are far from the identity."""
+    args, options = make_batch(**options)
+    args[1] = args[1][:, :1] + args[1] / 8
+    args[3] = args[3] / 64
+    return args, options
+
+
+def make_strong_decays(**options):
+    """Sums of decays far beyond what float32 has an exponential of."""
+    args, options = make_batch(**options)
+    args[3] = torch.where(torch.rand_like(args[3]) < 0.1, -1e4, args[3])
+    return args, options
+
+
+def make_strided(**options):
+    """Queries, keys and values as a convolution leaves them."""
+    args, options = make_batch(T=130, **options)
+    row = torch.cat([x.flatten(2) for x in args[:3]], -1)
+    row = row.split([H * K, H * K, HV * V], -1)
+    args[:3] = (x.unflatten(-1, (-1, K)) for x in row)
+    return args, options
+
+
+NORMS = {"use_qk_l2norm": True}
+CASES = {
+    **{f"T={T}": functools.partial(make_batch, T=T) for T in (1, 63, 64, 65, 200)},
+    **{f"T={T}, norms": functools.partial(make_batch, T=T, **NORMS) for T in (1, 64, 200)},
+    "a value head a key head": lambda: make_batch(heads=(2, 2), **NORMS),
+    "four value heads a key head": lambda: make_batch(heads=(1, 4)),
+    "keys that are alike": lambda: make_alike(**NORMS),
+    "no g": lambda: make_without(3, **NORMS),
+    "no beta": lambda: make_without(4, **NORMS),
+    "no gates": lambda: make_without(3, 4),
+    "no state": lambda: make_without(5),
+    "tokens without weight": make_weightless,
+    "tokens without weight, norms": lambda: make_weightless(**NORMS),
+    "strong decays": lambda: make_strong_decays(**NORMS),
+    "strided tokens": lambda: make_strided(**NORMS),
+    "scale": lambda: make_batch(T=65, scale=0.5),
+    "state bf16": lambda: make_batch(state=BF16),
+    "packed": make_packed,
+    "packed with norms": lambda: make_packed(**NORMS),
+}
+
+
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_as_accurate_as_autograd_through_the_loop(case, form):
+    args, options = CASES[case]()
+    tensors, bounds = args[:6], args[6:]
+
+    def check():
+        terms = max(K, V * args[2].shape[2] // args[0].shape[2])
+        assert_equals_autograd(
+            *(gdn_ops.chunk, oracle.delta_rule, NAMES, tensors), *bounds, terms=terms, **options
+        )
+
+    _, has_gradients = by(form, check)
+    assert has_gradients == (not bounds)
+
+
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("has_norms", [False, True], ids=["as given", "norms"])
+def test_repeats_have_the_same_bits(has_norms, form):
+    args, options = make_batch(3, 300, heads=(2, 4), **(NORMS if has_norms else {}))
+
+    def call():
+        return [gradients_of(gdn_ops.chunk, args, **options) for _ in range(50)]
+
+    (first, *others), _ = by(form, call)
+    for results in others:
+        for x, y in zip(first, results, strict=True):
+            assert_bitwise_equal(y, x)
+
+
+@pytest.mark.parametrize("has_norms", [False, True], ids=["as given", "norms"])
+def test_many_chunks_of_a_program_agree_with_the_plain_kernels(has_norms):
+    """More chunks of key heads than multiprocessors: a program has several, of three sequences."""
+    args, options = make_batch(3, 2000, heads=(4, 8), **(NORMS if has_norms else {}))
+    (plain, _), (found, is_hopper) = (
+        by(form, lambda: gradients_of(gdn_ops.chunk, args, **options)) for form in (0, 2)
+    )
+    assert is_hopper
+    for x, y in zip(found, plain, strict=True):
+        assert (x.float() - y.float()).norm() <= 2**-7 * y.float().norm()
+
+
+def test_the_operator_is_served_by_them_in_eager_mode():
+    args, options = make_batch(1, 4200, heads=(2, 4), **NORMS)
+    _, has_gradients = by(1, lambda: gradients_of(gdn_ops.chunk, args, **options))
+    assert has_gradients
