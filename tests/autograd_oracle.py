@@ -30,15 +30,26 @@ def _oracle_gradients(function, tensors, *args, dtype, **options):
     return gradients_of(function, cast, *args, dtype=dtype, **options)
 
 
-def assert_equals_autograd(operator, loop, names, tensors, *args, terms, **options):
-    """Every gradient is as accurate as float32 autograd through the plain loop."""
+def gradients_by_loop(loop, tensors, *args, **options):
+    """The exact gradients, and those of float32 autograd through the plain loop."""
     exact = _oracle_gradients(loop, tensors, *args, dtype=torch.float64, **options)
     # Both forms of the delta rule have the gradient of the chunked one.
     operands = {}
     if loop is oracle.delta_rule and tensors[0].dtype.itemsize == 2:
         operands = {"operands": tensors[0].dtype}
     plain = _oracle_gradients(loop, tensors, *args, dtype=torch.float32, **options, **operands)
+    return exact, plain
+
+
+def assert_equals_autograd(operator, loop, names, tensors, *args, terms, **options):
+    """Every gradient is as accurate as float32 autograd through the plain loop."""
+    exact, plain = gradients_by_loop(loop, tensors, *args, **options)
     actual = gradients_of(operator, tensors, *args, **options)
+    assert_gradients(actual, exact, plain, names, tensors, terms=terms)
+
+
+def assert_gradients(actual, exact, plain, names, tensors, *, terms):
+    """Each has the shape and dtype of its tensor, and is as accurate as the plain one."""
     for name, x, gradient, true, rough in zip(names, tensors, actual, exact, plain, strict=True):
         if x is None:
             assert gradient is None

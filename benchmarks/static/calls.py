@@ -74,7 +74,7 @@ def prefill(B: int, dtype: torch.dtype = BF16, K: int = K) -> None:
 
 
 def plainly(call: Callable[[], None]) -> None:
-    """By the plain scan, as compiled layers and other versions of Triton have it."""
+    """By the plain kernels, as compiled layers and other versions of Triton have them."""
     with mock.patch.object(chunk_hopper, "has_gluon", return_value=False):
         call()
 
@@ -105,9 +105,9 @@ def prefill_pointers() -> None:
     chunk.chunk(q, k, v, *tokens(16, 1000)[3:])
 
 
-def gradient(dtype: torch.dtype = BF16, K: int = K) -> None:
-    inputs = (*tokens(2, 1000, dtype, K), states(2, dtype, K), None)
-    do, dfinal_state = new(2, 1000, HV, V, dtype=dtype), states(2, dtype, K)
+def gradient(dtype: torch.dtype = BF16, K: int = K, B: int = 2) -> None:
+    inputs = (*tokens(B, 1000, dtype, K), states(B, dtype, K), None)
+    do, dfinal_state = new(B, 1000, HV, V, dtype=dtype), states(B, dtype, K)
     chunk_backward.chunk_backward(do, dfinal_state, *inputs, use_qk_l2norm=True)
 
 
@@ -156,6 +156,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=64, bf16": lambda: prefill(16, K=64),
     "prefill K=256, bf16": lambda: prefill(16, K=256),
     "gradient K=128, bf16": gradient,
+    "gradient K=128, bf16, many sequences": lambda: gradient(B=16),
+    "gradient K=128, bf16, plain": lambda: plainly(gradient),
     "gradient K=128, fp32": lambda: gradient(FP32),
     "gradient K=64, bf16": lambda: gradient(K=64),
     "gradient K=256, bf16": lambda: gradient(K=256),

@@ -11,6 +11,9 @@ import torch
 
 from benchmarks.static.launches import Launch, TorchLaunch
 
+# Kernels that most often only look whether there is something to do, and what they read for that.
+LOOKS_AT = {"chunk_beta": ("beta",)}
+
 
 def bytes_of(x: torch.Tensor) -> int:
     """Bytes of a tensor; an expanded dimension has one element."""
@@ -23,7 +26,8 @@ def bytes_moved(launch: Launch | TorchLaunch) -> int:
     if isinstance(launch, TorchLaunch):
         return sum(bytes_of(x) for x in launch.tensors)
     tensors = {name: x for name, x in launch.args.items() if isinstance(x, torch.Tensor)}
-    moved = {name: bytes_of(x) for name, x in tensors.items()}
+    read = LOOKS_AT.get(launch.kernel, tensors)
+    moved = {name: bytes_of(tensors[name]) for name in read}
     slots = tensors.get("state_indices")
     if slots is not None:
         written = slots.numel() if slots.dim() == 2 else len(slots)

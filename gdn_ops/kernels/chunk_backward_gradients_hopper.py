@@ -18,9 +18,9 @@ each with who arrives on the second:
             for dr sum_states)
     g       its gates: two stages (multiply, sum_states and finish)
     S, dS   the states around the chunk (multiply and sum_states)
-    F       products of tokens of both groups (multiply)
     p       sums of a value head (finish)
-    N, o    only full: sums for norms of both groups, dq and dk (multiply)
+    F, N    only full: products of tokens, and sums for norms, of both groups (multiply)
+    o       only full: dq and dk (multiply)
 
 Bytes of shared memory: q and k 65536, tokens 65536, states 65536, products of tokens 16384, gates
 5120, sums 2816. dbeta of tokens with next to no beta is chunk_backward_beta.py's.
@@ -95,10 +95,9 @@ def gradients_hopper_kernel(
     free_t = gl.allocate_shared_memory(gl.int64, [PLACES, 1], BAR)
     full_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     free_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    # Of one place each: full_S, free_S, full_dS, free_dS, full_p, free_p, full_F, free_F, full_N,
-    # full_o.
-    COUNTS: gl.constexpr = (1, 3, 1, 3, 3, 1, 2, 2, 2, 2)
-    one = gl.allocate_shared_memory(gl.int64, [10, 1], BAR)
+    # Of one place each: full_S, free_S, full_dS, free_dS, full_p, free_p, full_F, full_N, full_o.
+    COUNTS: gl.constexpr = (1, 3, 1, 3, 3, 1, 2, 2, 2)
+    one = gl.allocate_shared_memory(gl.int64, [9, 1], BAR)
     for i in gl.static_range(STAGES):
         mbarrier.init(full_qk.index(i), count=1)
         mbarrier.init(free_qk.index(i), count=1)
@@ -107,7 +106,7 @@ def gradients_hopper_kernel(
     for i in gl.static_range(PLACES):
         mbarrier.init(full_t.index(i), count=1)
         mbarrier.init(free_t.index(i), count=3)
-    for i in gl.static_range(10):
+    for i in gl.static_range(9):
         mbarrier.init(one.index(i), count=COUNTS[i])
     fence_async_shared()
     group_barrier()
@@ -130,7 +129,6 @@ def gradients_hopper_kernel(
                 one.index(6),
                 one.index(7),
                 one.index(8),
-                one.index(9),
             ),
         ),
         (

@@ -110,7 +110,7 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
     s_q, s_k, s_F, s_tokens, s_S, s_dS = tiles
     s_gates, s_sums, s_norms = gates[0], gates[1], gates[2]
     full_qk, _, full_t, free_t, full_g, free_g = bars[0]
-    full_S, free_S, full_dS, free_dS, full_p, free_p, full_F, free_F, full_N, full_o = bars[1]
+    full_S, free_S, full_dS, free_dS, full_p, free_p, full_F, full_N, full_o = bars[1]
     DOT: gl.constexpr = s_q.dtype
     _, _, _, _, _, count, _ = sizes
     # Of a known zero the compiler would choose after rounding, with halves of registers.
@@ -141,7 +141,8 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
             mbarrier.wait(full_g.index(j % STAGES), (j // STAGES) & 1)
             b_x = warpgroup_mma_wait(0, deps=(b_x,))
             b_x, b_own = weigh_pairs(b_x, s_gates, i_gate, zero, HALF)
-            mbarrier.wait(free_F, (j & 1) ^ 1)
+            # Both groups are done with those of the head before: else dr, whose place u has, would
+            # not be free.
             s_F.index(HALF + i_zero).store(b_x.to(DOT))
             fence_async_shared()
             group_barrier()
@@ -176,7 +177,6 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
             b_w = product(t_u, t_dS)
             b_z = warpgroup_mma_wait(1, deps=(b_z,))
             group_barrier()
-            mbarrier.arrive(free_F, count=1)
             mbarrier.arrive(free_t.index(i_do % PLACES), count=2 - HALF)
             mbarrier.arrive(free_t.index(i_dr % PLACES), count=1)
             mbarrier.arrive(free_S, count=1)
@@ -204,10 +204,6 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
             b_dq, b_dk = remove_norms(
                 b_dq, b_dk, t_q, t_k, s_gates, i_stage * GATES, s_norms, full_N, n, HALF
             )
-        else:
-            # The other group has multiplied all columns of q and k for the last time.
-            mbarrier.arrive(full_N, count=1)
-            mbarrier.wait(full_N, n & 1)
         t_q.store(b_dq.to(DOT))
         t_k.store(b_dk.to(DOT))
         fence_async_shared()

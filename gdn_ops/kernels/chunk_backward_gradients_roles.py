@@ -206,7 +206,7 @@ def finish(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
     s_gates, s_sums, t_state = gates[0], gates[1], gates[3]
     free_g = bars[0][5]
     full_p, free_p = bars[1][4], bars[1][5]
-    full_o, free_qk = bars[1][9], bars[0][1]
+    full_o, free_qk = bars[1][8], bars[0][1]
     dq, dk = tokens[5], tokens[6]
     p_dg, p_dbeta = tokens[9]
     B, T, H, _, _, count, _ = sizes

@@ -248,9 +248,9 @@ def replay_hopper_kernel(
     p_X = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
     p_states = states + (i_place * HV + i_hv) * (V * K)
     p_G = G + (i_place * HV + i_hv) * ((3 if USE_QK_L2NORM else 1) * BT)
-    p_beta = beta
+    p_beta = p_G  # of what is absent there is no pointer
     if HAS_BETA:
-        p_beta += i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
+        p_beta = beta + i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
     read = (states, 0, 0)
     if HAS_INITIAL_STATE:
         p_S = initial_state + i_n.to(gl.int64) * stride_initial_state_n

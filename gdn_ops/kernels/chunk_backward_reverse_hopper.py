@@ -150,9 +150,9 @@ def reverse_hopper_kernel(
     p_X = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
     p_dstates = dstates + (i_place * HV + i_hv) * (V * K)
     p_G = G + (i_place * HV + i_hv) * ((3 if USE_QK_L2NORM else 1) * BT)
-    p_beta = beta
+    p_beta = p_G  # of what is absent there is no pointer
     if HAS_BETA:
-        p_beta += i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
+        p_beta = beta + i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
     read, write = (dstates, 0, 0), dstates
     if HAS_DFINAL_STATE:
         p_dS = dfinal_state + i_n.to(gl.int64) * stride_dfinal_state_n
@@ -174,7 +174,6 @@ def reverse_hopper_kernel(
     full_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     free_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     full_P = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    free_P = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     for i in gl.static_range(PLACES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=HALVES + 1)
@@ -182,7 +181,6 @@ def reverse_hopper_kernel(
         mbarrier.init(full_g.index(i), count=1)
         mbarrier.init(free_g.index(i), count=HALVES + 1)
         mbarrier.init(full_P.index(i), count=1)
-        mbarrier.init(free_P.index(i), count=HALVES)
     fence_async_shared()
     group_barrier()
     C: gl.constexpr = (
@@ -199,7 +197,7 @@ def reverse_hopper_kernel(
     args = (
         (s_q, s_k, s_do, s_X, s_P, s_dS),
         (s_gates, full_g, free_g),
-        (full, free, full_P, free_P),
+        (full, free, full_P),
         (
             ((p_q, stride_q_t), (p_k, stride_k_t), (p_do, stride_do_t), p_X),
             (p_G, p_beta, stride_beta_t),

@@ -40,7 +40,7 @@ def weigh(tiles, gates, bars, sources, sizes, C: gl.constexpr):
     """The role of a warp group: what a token's output has of what others write, P."""
     s_q, s_k, s_P = tiles[0], tiles[1], tiles[4]
     s_gates, full_g, free_g = gates
-    full, free, full_P, free_P = bars
+    full, free, full_P = bars
     chunks = sizes[3]
     DOT: gl.constexpr = s_k.dtype
     # Of a known zero the compiler would choose after rounding, with halves of registers.
@@ -60,7 +60,7 @@ def weigh(tiles, gates, bars, sources, sizes, C: gl.constexpr):
         b_D = gl.exp2(b_to[:, None] - s_gates.index(i_gate + FROM).load(XC)[None, :])
         b_P = warpgroup_mma_wait(0, deps=(b_P,))
         b_P = gl.where(o_r >= o_c, b_P * b_D, zero)
-        mbarrier.wait(free_P.index(i_stage), i_phase ^ 1)
+        # The place is free, as that of the gates was.
         s_P.index(i_stage).store(b_P.to(DOT))
         fence_async_shared()
         group_barrier()
@@ -78,7 +78,7 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
     HAS_INITIAL_STATE: gl.constexpr = C[6]
     s_q, s_k, s_do, s_X, s_P, s_dS = tiles
     s_gates, full_g, free_g = gates
-    full, free, full_P, free_P = bars
+    full, free, full_P = bars
     p_dstates, dr, read, write = sources[2]
     i_v, rows, _, chunks = sizes
     DOT: gl.constexpr = s_k.dtype
@@ -123,7 +123,6 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
         i_other = (i + 1) % STAGES
         mbarrier.arrive(free.index((i + PLACES - 1) % PLACES), count=1, pred=i > 0)
         mbarrier.arrive(free_g.index(i_other), count=1, pred=i > 0)
-        mbarrier.arrive(free_P.index(i_other), count=1, pred=i > 0)
         t_dS3 = t_dS._reinterpret(DOT, STATE, TILE_3)
         tma.async_copy_shared_to_global(d_dS, [i_t, i_first, 0], t_dS3)
         b_do = t_do.load(XL).to(gl.float32)
