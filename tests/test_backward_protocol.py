@@ -1,5 +1,7 @@
 """No two roles of a backward's kernel touch the same memory unless a barrier orders them."""
 
+import functools
+
 import pytest
 
 pytest.importorskip("triton")
@@ -80,12 +82,15 @@ def _reverse(role, chunks, halves, _has_norms, monkeypatch):
     return trace
 
 
-def _gradients(role, chunks, _halves, has_norms, monkeypatch):
+def _gradients(role, chunks, _halves, has_norms, monkeypatch, valid=64):
     from gdn_ops.kernels import chunk_backward_gates as gates
     from gdn_ops.kernels import chunk_backward_gradients_products as products
     from gdn_ops.kernels import chunk_backward_gradients_roles as roles
 
-    numbers = {"load_gates": lambda *_: (ANY,) * 5, "place_of_tile": lambda *_: (ANY, ANY, ANY)}
+    numbers = {
+        "load_gates": lambda *_: (ANY,) * 5,
+        "place_of_tile": lambda *_: (ANY, ANY, ANY, valid, ANY),
+    }
     with noted((roles, products, gates), monkeypatch, **numbers) as trace:
         function = {
             "low": products.multiply_low,
@@ -104,14 +109,17 @@ def _gradients(role, chunks, _halves, has_norms, monkeypatch):
                 _named(trace, "full_S free_S full_dS free_dS full_p free_p full_F full_N full_o"),
             ),
             (*of_tokens, ANY, (ANY,) * 5, (ANY, ANY)),
-            (ANY, ANY, ANY, ANY, ANY, chunks, ANY),
-            (1.0, True, 2, 4, True, has_norms),
+            (ANY, ANY, ANY, ANY, ANY, chunks, ANY, ANY),
+            (1.0, True, 2, 4, True, has_norms, True),
         )
     return trace
 
 
 def _kernel(name, halves):
-    """How a kernel is traced, its roles, and what they leave open."""
+    """How a kernel is traced, its roles, and what they leave open.
+
+    Of all gradients chunks that are whole, or where the next sequence's tokens must not be touched.
+    """
     walks = ("low", "high")[:halves]
     if name == "replay":
         counts = {"full": 1, "free": halves, "full_g": 1, "free_g": halves}
@@ -128,7 +136,8 @@ def _kernel(name, halves):
     counts |= {"full_F": 2, "full_N": 2, "full_o": 2}
     roles = ("low", "high", "states", "load", "gates", "finish")
     kilobytes = {"q": 16, "k": 16, "tokens": 16, "S": 32, "dS": 32}
-    return _gradients, roles, counts, kilobytes
+    trace = functools.partial(_gradients, valid=3) if name == "cut" else _gradients
+    return trace, roles, counts, kilobytes
 
 
 def _traces(name, halves, chunks, has_norms, monkeypatch):
@@ -144,7 +153,8 @@ def _traces(name, halves, chunks, has_norms, monkeypatch):
 @pytest.mark.parametrize("has_norms", [False, True], ids=["as given", "norms"])
 @pytest.mark.parametrize("chunks", [1, 2, 3, 8])
 @pytest.mark.parametrize(
-    ("name", "halves"), [("replay", 1), ("replay", 2), ("reverse", 1), ("reverse", 2), ("all", 2)]
+    ("name", "halves"),
+    [("replay", 1), ("replay", 2), ("reverse", 1), ("reverse", 2), ("all", 2), ("cut", 2)],
 )
 def test_what_one_role_writes_and_another_touches_is_ordered(
     name, halves, chunks, has_norms, monkeypatch

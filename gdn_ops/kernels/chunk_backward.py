@@ -207,9 +207,9 @@ def chunk_backward(
         HAS_DFINAL_STATE=dfinal_state is not None,
         **to_reverse,
     )
-    if is_hopper and cu_seqlens is None:
+    if is_hopper:
         launch_gradients(
-            *(do, q, k, v, g, beta, G, both_states, writes, dq, dk, dv, dg, dbeta),
+            *(do, q, k, v, g, beta, cu_seqlens, G, both_states, writes, dq, dk, dv, dg, dbeta),
             scale=scale,
             use_qk_l2norm=use_qk_l2norm,
             gpu=gpu,

@@ -7,7 +7,8 @@ With the state S before the chunk, D_ij = exp(G_i - G_j), and u what each token 
 and ``u_i = beta_i x_i``, of which the third stage takes x where beta is not less than LEAST_BETA. A
 program looks for such tokens in all heads of a chunk, and most often finds none.
 
-Tensors are those of the other stages. K and V are 128, or fit a tile of the same size.
+Tensors are those of the other stages, and of packed sequences ``places`` of
+chunk_backward_places.py. K and V are sizes of tiles.
 """
 
 import triton
@@ -25,6 +26,7 @@ def chunk_beta_kernel(
     v,
     beta,
     G,
+    places,
     states,
     u,
     dr,
@@ -43,17 +45,24 @@ def chunk_beta_kernel(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """One chunk of a sequence of the batch; the grid is their number."""
+    """One place of a chunk; the grid is their number."""
     i_place = tl.program_id(0).to(tl.int64)
-    i_b = i_place // tl.cdiv(T, BT)
-    i_first = i_place % tl.cdiv(T, BT) * BT
+    if IS_VARLEN:
+        i_b = i_place * 0
+        i_first = tl.load(places + 2 * i_place).to(tl.int64)
+        valid = tl.load(places + 2 * i_place + 1)
+    else:
+        i_b = i_place // tl.cdiv(T, BT)
+        i_first = i_place % tl.cdiv(T, BT) * BT
+        valid = (T - i_first).to(tl.int32)
     o_i = tl.arange(0, BT)
     o_h = tl.arange(0, BH)
-    m_t = o_i < T - i_first
+    m_t = o_i < valid
     p_beta = beta + i_b * stride_beta_b + i_first * stride_beta_t
     o_beta = o_i[:, None] * stride_beta_t + o_h[None, :] * stride_beta_h
     b_beta = tl.load(p_beta + o_beta, m_t[:, None] & (o_h < HV)[None, :], 1.0).to(tl.float32)

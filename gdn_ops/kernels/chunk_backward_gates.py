@@ -36,7 +36,7 @@ def load_gates(p_G, p_beta, stride_beta_t, valid, HAS_BETA: gl.constexpr, NORMS:
     """Log decays to base 2, as chunk_prepare.py has them, that of the last token, and beta."""
     o_i = gl.arange(0, BT, layout=LANES)
     m_t = o_i < valid
-    b_last = gl.load(p_G + gl.minimum(valid, BT) - 1) * 1.4426950408889634
+    b_last = gl.load(p_G + gl.maximum(gl.minimum(valid, BT) - 1, 0)) * 1.4426950408889634
     b_G = gl.where(m_t, gl.load(p_G + o_i, m_t, 0.0) * 1.4426950408889634, b_last)
     b_Gq, b_Gk = b_G, b_G
     if NORMS:

@@ -23,10 +23,11 @@ each with who arrives on the second:
     o       only full: dq and dk (multiply)
 
 Bytes of shared memory: q and k 65536, tokens 65536, states 65536, products of tokens 16384, gates
-5120, sums 2816. dbeta of tokens with next to no beta is chunk_backward_beta.py's.
+5120, sums 2816. dbeta of tokens with next to no beta is chunk_backward_beta.py's, gradients of
+tokens of no sequence and where packed sequences have their chunks chunk_backward_places.py's.
 
-Needs K = V = 128, chunks of 64 tokens of bfloat16, a batch without packed sequences, tensors that
-fit descriptors, sm_90, and a Triton of ``GLUON`` in chunk_hopper.py.
+Needs K = V = 128, chunks of 64 tokens of bfloat16, tensors that fit descriptors, sm_90, and a
+Triton of ``GLUON`` in chunk_hopper.py.
 """
 
 from triton.experimental import gluon
@@ -50,6 +51,7 @@ def gradients_hopper_kernel(
     k,
     beta,
     G,
+    places,
     states,
     writes,
     dk,
@@ -68,11 +70,13 @@ def gradients_hopper_kernel(
     stride_beta_h,
     B,
     T,
+    chunks,
     scale: gl.constexpr,
     H: gl.constexpr,
     HV: gl.constexpr,
     HAS_G: gl.constexpr,
     HAS_BETA: gl.constexpr,
+    IS_VARLEN: gl.constexpr,
     USE_QK_L2NORM: gl.constexpr,
 ):
     """Every so many chunks of a key head; the grid is at most their number."""
@@ -110,10 +114,12 @@ def gradients_hopper_kernel(
         mbarrier.init(one.index(i), count=COUNTS[i])
     fence_async_shared()
     group_barrier()
-    chunks = gl.cdiv(T, BT)
     i_start = gl.program_id(0)
     count = gl.cdiv(B * chunks * H - i_start, gl.num_programs(0))
-    C: gl.constexpr = (scale, HAS_G, R, HV, HAS_BETA, USE_QK_L2NORM)
+    C: gl.constexpr = (scale, HAS_G, R, HV, HAS_BETA, USE_QK_L2NORM, IS_VARLEN)
+    p_places = G  # of what is absent there is no pointer
+    if IS_VARLEN:
+        p_places = places
     args = (
         (s_q, s_k, s_F, s_tokens, s_S, s_dS),
         (s_gates, s_sums, s_norms, t_state),
@@ -143,7 +149,7 @@ def gradients_hopper_kernel(
             (G, beta, stride_beta_b, stride_beta_t, stride_beta_h),
             (dg, dbeta),
         ),
-        (B, T, H, chunks, i_start, count, gl.num_programs(0)),
+        (B, T, H, chunks, i_start, count, gl.num_programs(0), p_places),
         C,
     )
     gl.warp_specialize(

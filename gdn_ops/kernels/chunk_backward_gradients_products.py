@@ -54,6 +54,29 @@ TILE = gl.constexpr(tile_layout())
 
 
 @gluon.jit
+def place_of_tile(sizes, n, C: gl.constexpr):
+    """Of tile ``n`` of a program: row of the batch, place, first token, tokens left, key head."""
+    IS_VARLEN: gl.constexpr = C[6]
+    _, T, H, chunks, i_start, _, step, p_places = sizes
+    i_tile = i_start + n * step
+    i_place = i_tile // H
+    i_b = i_place // chunks
+    i_t = (i_place - i_b * chunks) * BT
+    valid = T - i_t
+    if IS_VARLEN:
+        i_t = gl.load(p_places + 2 * i_place)
+        valid = gl.load(p_places + 2 * i_place + 1)
+    return i_b, i_place, i_t, valid, i_tile % H
+
+
+@gluon.jit
+def clear_rows(t_x, valid):
+    """Zeros where another sequence's tokens are: a product with zeros leaves what is no number."""
+    o_r = gl.arange(0, BT, layout=XR)[:, None]
+    t_x.store(gl.where(o_r < valid, t_x.load(XL), 0.0))
+
+
+@gluon.jit
 def product(t_x, t_y):
     """``x y`` of tiles in shared memory, under way."""
     b_zero = gl.zeros((BT, BT), gl.float32, XL)
@@ -61,17 +84,19 @@ def product(t_x, t_y):
 
 
 @gluon.jit
-def weigh_pairs(b_x, t_gates, i_gate, zero, HALF: gl.constexpr):
+def weigh_pairs(b_x, t_gates, i_gate, valid, zero, HALF: gl.constexpr):
     """Of products of tokens dqk or dkk, and the diagonal that they had."""
     o_r = gl.arange(0, BT, layout=XR)[:, None]
     o_c = gl.arange(0, BT, layout=XC)[None, :]
+    # Columns that are not valid are above the diagonal of rows that are.
+    m_r = o_r < valid
     b_to = t_gates.index(i_gate + (TO_Q if HALF == 0 else TO_K)).load(XR)
     b_D = gl.exp2(b_to[:, None] - t_gates.index(i_gate + FROM).load(XC)[None, :])
     if HALF == 0:
-        return gl.where(o_r >= o_c, b_x * b_D, zero), gl.zeros((BT,), gl.float32, XR)
+        return gl.where(m_r & (o_r >= o_c), b_x * b_D, zero), gl.zeros((BT,), gl.float32, XR)
     b_own = gl.sum(gl.where(o_r == o_c, b_x, 0.0), 1)
     b_x = b_x * -t_gates.index(i_gate + BETA).load(XR)[:, None]
-    return gl.where(o_r > o_c, b_x * b_D, zero), b_own
+    return gl.where(m_r & (o_r > o_c), b_x * b_D, zero), b_own
 
 
 @gluon.jit
@@ -107,17 +132,19 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
     """The role of a warp group: 64 columns of dq and dk, of a chunk after the other."""
     R: gl.constexpr = C[2]
     USE_QK_L2NORM: gl.constexpr = C[5]
+    IS_VARLEN: gl.constexpr = C[6]
     s_q, s_k, s_F, s_tokens, s_S, s_dS = tiles
     s_gates, s_sums, s_norms = gates[0], gates[1], gates[2]
     full_qk, _, full_t, free_t, full_g, free_g = bars[0]
     full_S, free_S, full_dS, free_dS, full_p, free_p, full_F, full_N, full_o = bars[1]
     DOT: gl.constexpr = s_q.dtype
-    _, _, _, _, _, count, _ = sizes
+    _, _, _, _, _, count, _, _ = sizes
     # Of a known zero the compiler would choose after rounding, with halves of registers.
     zero = gl.where(count < 0, 1.0, 0.0)
     b_zero = gl.zeros((BT, BT), gl.float32, XL)
     j = count * 0
     for n in range(count):
+        valid = place_of_tile(sizes, n, C)[3]
         b_dq = b_zero
         b_dk = b_zero
         b_before_q = gl.zeros((BT,), gl.float32, XR)
@@ -140,7 +167,7 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
             b_x = product(t_do if HALF == 0 else t_dr, t_u.permute((1, 0)))
             mbarrier.wait(full_g.index(j % STAGES), (j // STAGES) & 1)
             b_x = warpgroup_mma_wait(0, deps=(b_x,))
-            b_x, b_own = weigh_pairs(b_x, s_gates, i_gate, zero, HALF)
+            b_x, b_own = weigh_pairs(b_x, s_gates, i_gate, valid, zero, HALF)
             # Both groups are done with those of the head before: else dr, whose place u has, would
             # not be free.
             s_F.index(HALF + i_zero).store(b_x.to(DOT))
@@ -157,6 +184,11 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
                 s_sums.index(SUMS + BY_BETA).store(b_own)
             mbarrier.wait(full_F, j & 1)
             mbarrier.wait(full_qk.index(n % STAGES), (n // STAGES) & 1)
+            if IS_VARLEN and (r == 0) & (valid < BT):
+                clear_rows(t_qh, valid)
+                clear_rows(t_kh, valid)
+                fence_async_shared()
+                group_barrier()
             t_dqk, t_dkk = s_F.index(i_zero), s_F.index(i_zero + 1)
             b_dq = warpgroup_mma(t_dqk, t_kh, b_dq, is_async=True)
             b_dk = warpgroup_mma(t_dqk.permute((1, 0)), t_qh, b_dk, is_async=True)

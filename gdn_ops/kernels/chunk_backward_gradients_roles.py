@@ -6,7 +6,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .chunk_backward_beta import LEAST_BETA
 from .chunk_backward_gates import BETA, BT, GATES, LANES, LAST, STAGES, load_gates, store_gates
-from .chunk_backward_gradients_products import BY_BETA, BY_TAIL, BY_TOKEN, PLACES, SUMS, TILE
+from .chunk_backward_gradients_products import (
+    BY_BETA,
+    BY_TAIL,
+    BY_TOKEN,
+    PLACES,
+    SUMS,
+    TILE,
+    place_of_tile,
+)
 from .chunk_scan_walk import group_barrier, tile_layout
 
 # A tile of tokens as descriptors of four dimensions have it.
@@ -14,21 +22,13 @@ BOX, TILE_4 = gl.constexpr([1, 64, 1, 128]), gl.constexpr(tile_layout(4))
 # 64 columns of a tile in a warp group, 16 bytes a lane at once; rows and columns.
 VL = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 VR, VC = (gl.constexpr(gl.SliceLayout(n, VL)) for n in (1, 0))
+# Rows of a tile in a warp, as many as its registers hold.
+PART, PL = gl.constexpr(16), gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 
 
 @gluon.jit
 def plus(a, b):
     return a + b
-
-
-@gluon.jit
-def place_of_tile(sizes, n):
-    """Of tile ``n`` of a program: row of the batch, first token, key head."""
-    _, _, H, chunks, i_start, _, step = sizes
-    i_tile = i_start + n * step
-    i_place = i_tile // H
-    i_b = i_place // chunks
-    return i_b, (i_place - i_b * chunks) * BT, i_tile % H
 
 
 @gluon.jit
@@ -42,19 +42,18 @@ def make_gates(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
     ROWS: gl.constexpr = 3 if NORMS else 1
     full_g, free_g = bars[0][4], bars[0][5]
     p_G, beta, stride_b, stride_t, stride_h = tokens[8]
-    _, T, _, chunks, _, count, _ = sizes
+    _, _, _, _, _, count, _, _ = sizes
     for n in range(count):
-        i_b, i_t, i_h = place_of_tile(sizes, n)
-        i_place = i_b.to(gl.int64) * chunks + i_t // BT
+        i_b, i_place, i_t, valid, i_h = place_of_tile(sizes, n, C)
         for r in range(R):
             j = n * R + r
             i_hv = i_h * R + r
-            p_row = p_G + (i_place * HV + i_hv) * (ROWS * BT)
+            p_row = p_G + (i_place.to(gl.int64) * HV + i_hv) * (ROWS * BT)
             p_beta = beta
             if HAS_BETA:
                 p_beta += i_b.to(gl.int64) * stride_b + i_t.to(gl.int64) * stride_t
                 p_beta += i_hv * stride_h
-            b_gates = load_gates(p_row, p_beta, stride_t, T - i_t, HAS_BETA, NORMS)
+            b_gates = load_gates(p_row, p_beta, stride_t, valid, HAS_BETA, NORMS)
             mbarrier.wait(free_g.index(j % STAGES), ((j // STAGES) & 1) ^ 1)
             store_gates(gates[0], j % STAGES * GATES, b_gates, scale, NORMS)
             group_barrier()
@@ -62,11 +61,11 @@ def make_gates(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
 
 
 @gluon.jit
-def ask_for_heads(d_q, d_k, tiles, bars, sizes, n):
+def ask_for_heads(d_q, d_k, tiles, bars, sizes, n, C: gl.constexpr):
     """Queries and keys of tile ``n``."""
     s_q, s_k = tiles[0], tiles[1]
     full_qk, free_qk = bars[0][0], bars[0][1]
-    i_b, i_t, i_h = place_of_tile(sizes, n)
+    i_b, _i_place, i_t, _valid, i_h = place_of_tile(sizes, n, C)
     i_qk = n % STAGES
     bar = full_qk.index(i_qk)
     mbarrier.wait(free_qk.index(i_qk), ((n // STAGES) & 1) ^ 1)
@@ -104,7 +103,7 @@ def load(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
     full_t, free_t = bars[0][2], bars[0][3]
     full_S, free_S, full_dS, free_dS = bars[1][0], bars[1][1], bars[1][2], bars[1][3]
     q, k, do, writes, states = tokens[0], tokens[1], tokens[2], tokens[3], tokens[4]
-    B, T, H, chunks, _, count, _ = sizes
+    B, T, H, chunks, _, count, _, _ = sizes
     make: gl.constexpr = tma.make_tensor_descriptor
     sv = HV * 128
     d_do = make(do, [B, T, HV, 128], [T * sv, sv, 128, 1], BOX, TILE_4)
@@ -114,20 +113,20 @@ def load(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
     d_k = make(k[0], [B, T, H, 128], [k[1], k[2], k[3], 1], BOX, TILE_4)
     d_q = make(q[0], [B, T, H, 128], [q[1], q[2], q[3], 1], BOX, TILE_4)
     if count > 0:
-        ask_for_heads(d_q, d_k, tiles, bars, sizes, 0)
+        ask_for_heads(d_q, d_k, tiles, bars, sizes, 0, C)
     for n in range(count):
-        i_b, i_t, i_h = place_of_tile(sizes, n)
+        i_b, i_place, i_t, _valid, i_h = place_of_tile(sizes, n, C)
         for r in range(R):
             j = n * R + r
             i_hv = i_h * R + r
             ask_for_tokens(d_do, i_b, i_t, i_hv, s_tokens, full_t, free_t, 3 * j)
             ask_for_tokens(d_writes, B + i_b, i_t, i_hv, s_tokens, full_t, free_t, 3 * j + 1)
             ask_for_tokens(d_writes, i_b, i_t, i_hv, s_tokens, full_t, free_t, 3 * j + 2)
-            i_row = ((i_b * chunks + i_t // BT) * HV + i_hv) * 128
+            i_row = (i_place * HV + i_hv) * 128
             ask_for_state(d_S, i_row, t_S, full_S, free_S, j)
             ask_for_state(d_S, i_row + B * chunks * sv, t_dS, full_dS, free_dS, j)
             if (r == 0) & (n + 1 < count):
-                ask_for_heads(d_q, d_k, tiles, bars, sizes, n + 1)
+                ask_for_heads(d_q, d_k, tiles, bars, sizes, n + 1, C)
 
 
 @gluon.jit
@@ -152,12 +151,12 @@ def sum_states(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
     full_S, free_S, full_dS, free_dS = bars[1][0], bars[1][1], bars[1][2], bars[1][3]
     full_p, free_p = bars[1][4], bars[1][5]
     p_dv = tokens[7]
-    _, T, _, _, _, count, _ = sizes
+    _, T, _, _, _, count, _, _ = sizes
     o_i = gl.arange(0, BT, layout=VR)[:, None]
     o_v = gl.arange(0, 64, layout=VC)[None, :]
     for n in range(count):
-        i_b, i_t, i_h = place_of_tile(sizes, n)
-        m_t = i_t + o_i < T
+        i_b, _i_place, i_t, valid, i_h = place_of_tile(sizes, n, C)
+        m_t = o_i < valid
         p_o = p_dv + ((i_b.to(gl.int64) * T + i_t) * HV + i_h * R) * 128
         for r in range(R):
             j = n * R + r
@@ -193,6 +192,17 @@ def load_sum(s_sums, i: gl.constexpr):
 
 
 @gluon.jit
+def store_rows(p_x, stride_t, t_x, valid):
+    """The first rows of a tile."""
+    o_i = gl.arange(0, PART, layout=gl.SliceLayout(1, PL))[:, None]
+    o_k = gl.arange(0, 128, layout=gl.SliceLayout(0, PL))[None, :]
+    for part in gl.static_range(BT // PART):
+        o_t = part * PART + o_i
+        b_x = t_x.slice(part * PART, PART).load(PL)
+        gl.store(p_x + (o_t * stride_t + o_k), b_x, o_t < valid)
+
+
+@gluon.jit
 def finish(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
     """The role of a warp: dg and dbeta of each value head, of what others have summed.
 
@@ -203,27 +213,28 @@ def finish(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
     R: gl.constexpr = C[2]
     HV: gl.constexpr = C[3]
     HAS_BETA: gl.constexpr = C[4]
+    IS_VARLEN: gl.constexpr = C[6]
     s_gates, s_sums, t_state = gates[0], gates[1], gates[3]
     free_g = bars[0][5]
     full_p, free_p = bars[1][4], bars[1][5]
     full_o, free_qk = bars[1][8], bars[0][1]
     dq, dk = tokens[5], tokens[6]
     p_dg, p_dbeta = tokens[9]
-    B, T, H, _, _, count, _ = sizes
+    B, T, H, _, _, count, _, _ = sizes
     s_q, s_k = tiles[0], tiles[1]
     make: gl.constexpr = tma.make_tensor_descriptor
     d_dq = make(dq[0], [B, T, H, 128], [dq[1], dq[2], dq[3], 1], BOX, TILE_4)
     d_dk = make(dk[0], [B, T, H, 128], [dk[1], dk[2], dk[3], 1], BOX, TILE_4)
     o_i = gl.arange(0, BT, layout=LANES)
     for n in range(count):
-        i_b, i_t, i_h = place_of_tile(sizes, n)
-        m_t = i_t + o_i < T
+        i_b, _i_place, i_t, valid, i_h = place_of_tile(sizes, n, C)
+        m_t = o_i < valid
         o_t = ((i_b.to(gl.int64) * T + i_t) * HV + i_h * R) + o_i * HV
         for r in range(R):
             j = n * R + r
             mbarrier.wait(full_p, j & 1)
-            b_dG = load_sum(s_sums, BY_TOKEN)
-            b_end = load_sum(s_sums, BY_TAIL) + t_state.load(LANES)
+            b_dG = gl.where(m_t, load_sum(s_sums, BY_TOKEN), 0.0)
+            b_end = gl.where(m_t, load_sum(s_sums, BY_TAIL), 0.0) + t_state.load(LANES)
             b_own = s_sums.index(SUMS + BY_BETA).load(LANES)
             b_beta = s_gates.index(j % STAGES * GATES + BETA).load(LANES)
             group_barrier()
@@ -238,9 +249,17 @@ def finish(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
                 gl.store(p_dg + o_t, b_dg, m_t)
             o_t += 1
         mbarrier.wait(full_o, n & 1)
-        t_dq = s_q.index(n % STAGES)._reinterpret(s_q.dtype, BOX, TILE_4)
-        t_dk = s_k.index(n % STAGES)._reinterpret(s_q.dtype, BOX, TILE_4)
-        tma.async_copy_shared_to_global(d_dq, [i_b, i_t, i_h, 0], t_dq)
-        tma.async_copy_shared_to_global(d_dk, [i_b, i_t, i_h, 0], t_dk)
-        tma.store_wait(0)
+        t_dq, t_dk = s_q.index(n % STAGES), s_k.index(n % STAGES)
+        if IS_VARLEN and valid < BT:
+            # The rows after are another sequence's.
+            o_row = (i_t.to(gl.int64) * H + i_h) * 128
+            store_rows(dq[0] + o_row, H * 128, t_dq, valid)
+            store_rows(dk[0] + o_row, H * 128, t_dk, valid)
+            group_barrier()
+        else:
+            box_dq = t_dq._reinterpret(s_q.dtype, BOX, TILE_4)
+            box_dk = t_dk._reinterpret(s_q.dtype, BOX, TILE_4)
+            tma.async_copy_shared_to_global(d_dq, [i_b, i_t, i_h, 0], box_dq)
+            tma.async_copy_shared_to_global(d_dk, [i_b, i_t, i_h, 0], box_dk)
+            tma.store_wait(0)
         mbarrier.arrive(free_qk.index(n % STAGES), count=1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .chunk_backward_beta import chunk_beta_kernel
+from .chunk_backward_places import chunk_padding_kernel, chunk_places_kernel
 from .chunk_hopper import serves
 from .configs import Gpu, cdiv, next_power_of_2
 from .launch import OPTIONS, strides
@@ -14,10 +15,10 @@ from .launch import OPTIONS, strides
 def serves_backward(
     do_dtype: torch.dtype, dtype: torch.dtype, K: int, V: int, use_descriptors: bool, gpu: Gpu
 ) -> bool:
-    """Whether stages have kernels in Gluon for a call.
+    """Whether the stages after ``prepare`` have kernels in Gluon for a call.
 
-    All three have of a batch, the two that walk chunks also of packed sequences. us of the backward
-    with l2 norm, 16 key heads and 32 value heads, plain / Gluon (H200, Triton 3.6, 2026-11-30):
+    us of the backward with l2 norm, 16 key heads and 32 value heads, plain / Gluon (H200, Triton
+    3.6, 2026-11-30):
 
         1x8192        4x8192         1x32768
         1308 / 690    3744 / 1920    4985 / 2965
@@ -56,6 +57,7 @@ def launch_gradients(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
+    cu_seqlens: Tensor | None,
     G: Tensor,
     states: Tensor,
     writes: Tensor,
@@ -80,35 +82,34 @@ def launch_gradients(
 
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    places = B * cdiv(T, 64)
-    programs = min(gpu.multiprocessors, places * H)
-    gradients_hopper_kernel[(programs,)](
-        *(do.contiguous(), q, k, beta, G, states, writes, dk, dv, dg, dbeta, dq),
+    count = states.shape[1]
+    sizes = {"H": H, "HV": HV, "HAS_BETA": beta is not None, "IS_VARLEN": cu_seqlens is not None}
+    places = None
+    if cu_seqlens is not None:
+        places = _find_places(cu_seqlens, count, (dq, dk, dv, dg, dbeta), g, beta)
+    gradients_hopper_kernel[(min(gpu.multiprocessors, count * H),)](
+        *(do.contiguous(), q, k, beta, G, places, states, writes, dk, dv, dg, dbeta, dq),
         *q.stride()[:3],
         *k.stride()[:3],
         *strides(beta, 3),
-        B,
-        T,
+        *(B, T, count // B),
         scale=scale,
-        H=H,
-        HV=HV,
         HAS_G=g is not None,
-        HAS_BETA=beta is not None,
         USE_QK_L2NORM=use_qk_l2norm,
         num_warps=4,
         num_stages=1,
+        **sizes,
         **OPTIONS,
     )
     if beta is None:
         return
-    chunk_beta_kernel[(places,)](
-        *(k, v, beta, G, states[0], *writes, dbeta),
+    del sizes["HAS_BETA"]
+    chunk_beta_kernel[(count,)](
+        *(k, v, beta, G, places, states[0], *writes, dbeta),
         *k.stride()[:3],
         *v.stride()[:3],
         *strides(beta, 3),
         T,
-        H=H,
-        HV=HV,
         K=K,
         V=V,
         USE_QK_L2NORM=use_qk_l2norm,
@@ -116,5 +117,35 @@ def launch_gradients(
         BH=next_power_of_2(HV),
         num_warps=8,
         num_stages=1,
+        **sizes,
         **OPTIONS,
     )
+
+
+def _find_places(
+    cu_seqlens: Tensor,
+    count: int,
+    gradients: tuple[Tensor, ...],
+    g: Tensor | None,
+    beta: Tensor | None,
+) -> Tensor:
+    """Where packed sequences have their chunks; the gradients of tokens of none become zero."""
+    dq, _, dv, _, _ = gradients
+    _, T, H, K = dq.shape
+    HV, V = dv.shape[2:]
+    places = cu_seqlens.new_empty((count, 2), dtype=torch.int32)
+    step = cu_seqlens.stride(0)
+    chunk_places_kernel[(count,)](cu_seqlens, places, step, T, BT=64, BN=128, **OPTIONS)
+    chunk_padding_kernel[(cdiv(T, 64),)](
+        *(cu_seqlens, *gradients, step, cu_seqlens.shape[0] - 1, T),
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        HAS_G=g is not None,
+        HAS_BETA=beta is not None,
+        BT=64,
+        BW=64,
+        **OPTIONS,
+    )
+    return places
