@@ -230,14 +230,20 @@ class Run:
         warps = {role: range(1 if role in kernel.single else 2) for role in traces}
         self.threads = {(role, w): 0 for role in traces for w in warps[role]}
         # Some roles are slow.
-        self.weights = {role: self.random.choice((1, 30)) for role in traces}
+        self.weights = {role: self.random.choice((1, 30)) for role in (*traces, "copy")}
         self.traces, self.clocks = traces, {thread: {thread: 1} for thread in self.threads}
-        self.bars, self.accesses, self.races, self.fills = {}, {}, set(), 0
+        self.bars, self.accesses, self.races = {}, {}, set()
+        # Loads under way, each a thread of its own, which end in any order.
+        self.copies, self.fills = {}, 0
 
     def go(self):
-        while ready := [t for t in self.threads if self._is_ready(t)]:
+        while ready := [t for t in (*self.threads, *self.copies) if self._is_ready(t)]:
             [thread] = self.random.choices(ready, [self.weights[t[0]] for t in ready])
-            self._step(thread)
+            if thread in self.copies:
+                bar, size = self.copies.pop(thread)
+                self._bar(bar).arrive(self.clocks.pop(thread), size=-size)
+            else:
+                self._step(thread)
         left = [t for t, at in self.threads.items() if at < len(self.traces[t[0]])]
         if left:
             raise BrokenError(f"roles wait for ever: {left}")
@@ -247,6 +253,8 @@ class Run:
         return self.bars.setdefault(key, Phases(self.kernel.counts[key[0]]))
 
     def _is_ready(self, thread):
+        if thread in self.copies:
+            return True
         role, at = thread[0], self.threads[thread]
         if at == len(self.traces[role]):
             return False
@@ -286,11 +294,11 @@ class Run:
         elif what == "fill":
             parts, bar = args
             self.fills += 1
-            copy = ("copy", self.fills)  # a thread of its own
-            own = {**clock, copy: 1}
+            copy = ("copy", self.fills)
+            self.copies[copy] = bar, 1024 * self.kernel.kilobytes[parts[0][0]]
+            self.clocks[copy] = {**clock, copy: 1}
             for part in parts:
-                self._access("write", part, copy, own)
-            self._bar(bar).arrive(own, size=-1024 * self.kernel.kilobytes[parts[0][0]])
+                self._access("write", part, copy, self.clocks[copy])
 
     def _access(self, what, key, thread, clock):
         earlier = self.accesses.setdefault(key, {})

@@ -82,7 +82,7 @@ def _reverse(role, chunks, halves, _has_norms, monkeypatch):
     return trace
 
 
-def _gradients(role, chunks, _halves, has_norms, monkeypatch, valid=64):
+def _gradients(role, chunks, _halves, has_norms, monkeypatch, valid=64, heads=2):
     from gdn_ops.kernels import chunk_backward_gates as gates
     from gdn_ops.kernels import chunk_backward_gradients_products as products
     from gdn_ops.kernels import chunk_backward_gradients_roles as roles
@@ -110,7 +110,7 @@ def _gradients(role, chunks, _halves, has_norms, monkeypatch, valid=64):
             ),
             (*of_tokens, ANY, (ANY,) * 5, (ANY, ANY)),
             (ANY, ANY, ANY, ANY, ANY, chunks, ANY, ANY),
-            (1.0, True, 2, 4, True, has_norms, True),
+            (1.0, True, heads, 4, True, has_norms, True),
         )
     return trace
 
@@ -118,7 +118,8 @@ def _gradients(role, chunks, _halves, has_norms, monkeypatch, valid=64):
 def _kernel(name, halves):
     """How a kernel is traced, its roles, and what they leave open.
 
-    Of all gradients chunks that are whole, or where the next sequence's tokens must not be touched.
+    Of all gradients, chunks that are whole, or beside whose tokens are those of another sequence;
+    and one value head a key head instead of two.
     """
     walks = ("low", "high")[:halves]
     if name == "replay":
@@ -136,8 +137,8 @@ def _kernel(name, halves):
     counts |= {"full_F": 2, "full_N": 2, "full_o": 2}
     roles = ("low", "high", "states", "load", "gates", "finish")
     kilobytes = {"q": 16, "k": 16, "tokens": 16, "S": 32, "dS": 32}
-    trace = functools.partial(_gradients, valid=3) if name == "cut" else _gradients
-    return trace, roles, counts, kilobytes
+    options = {"cut": {"valid": 3}, "one head": {"heads": 1}}.get(name, {})
+    return functools.partial(_gradients, **options), roles, counts, kilobytes
 
 
 def _traces(name, halves, chunks, has_norms, monkeypatch):
@@ -154,7 +155,15 @@ def _traces(name, halves, chunks, has_norms, monkeypatch):
 @pytest.mark.parametrize("chunks", [1, 2, 3, 8])
 @pytest.mark.parametrize(
     ("name", "halves"),
-    [("replay", 1), ("replay", 2), ("reverse", 1), ("reverse", 2), ("all", 2), ("cut", 2)],
+    [
+        ("replay", 1),
+        ("replay", 2),
+        ("reverse", 1),
+        ("reverse", 2),
+        ("all", 2),
+        ("cut", 2),
+        ("one head", 2),
+    ],
 )
 def test_what_one_role_writes_and_another_touches_is_ordered(
     name, halves, chunks, has_norms, monkeypatch

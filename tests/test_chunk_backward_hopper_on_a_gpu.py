@@ -70,14 +70,6 @@ def make_packed(**options):
     return [*tokens, initial, cu_seqlens(LENGTHS, device="cuda")], options
 
 
-def make_packed_beside_nan(**options):
-    """Padding that is no number."""
-    args, options = make_packed(**options)
-    for x in args[:3]:
-        x[:, sum(LENGTHS) :] = torch.nan
-    return args, options
-
-
 def make_without(*places, **options):
     args, options = make_batch(**options)
     for place in places:
@@ -137,8 +129,6 @@ CASES = {
     "state bf16": lambda: make_batch(state=BF16),
     "packed": make_packed,
     "packed with norms": lambda: make_packed(**NORMS),
-    "packed beside what is no number": make_packed_beside_nan,
-    "packed, norms, beside what is no number": lambda: make_packed_beside_nan(**NORMS),
 }
 
 

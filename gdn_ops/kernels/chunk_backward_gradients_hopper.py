@@ -14,13 +14,13 @@ each with who arrives on the second:
 
     qk      q and k of a chunk and key head: two stages, whose place dq and dk take (finish)
     t       do, dr and u of a value head, in this order in four places, so that do of the next head
-            is there before, and its dr and u come while this head's products with dS run (multiply;
-            for dr sum_states)
+            is there before, and its dr and u come while this head's products with dS run (multiply
+            and sum_states)
     g       its gates: two stages (multiply, sum_states and finish)
     S, dS   the states around the chunk (multiply and sum_states)
     p       sums of a value head (finish)
     F, N    only full: products of tokens, and sums for norms, of both groups (multiply)
-    o       only full: dq and dk (multiply)
+    o       only full: dq and dk, in the two stages of q and k (multiply)
 
 Bytes of shared memory: q and k 65536, tokens 65536, states 65536, products of tokens 16384, gates
 5120, sums 2816. dbeta of tokens with next to no beta is chunk_backward_beta.py's, gradients of
@@ -99,18 +99,20 @@ def gradients_hopper_kernel(
     free_t = gl.allocate_shared_memory(gl.int64, [PLACES, 1], BAR)
     full_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     free_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    # Of one place each: full_S, free_S, full_dS, free_dS, full_p, free_p, full_F, full_N, full_o.
-    COUNTS: gl.constexpr = (1, 3, 1, 3, 3, 1, 2, 2, 2)
-    one = gl.allocate_shared_memory(gl.int64, [9, 1], BAR)
+    full_o = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    # Of one place each: full_S, free_S, full_dS, free_dS, full_p, free_p, full_F, full_N.
+    COUNTS: gl.constexpr = (1, 3, 1, 3, 3, 1, 2, 2)
+    one = gl.allocate_shared_memory(gl.int64, [8, 1], BAR)
     for i in gl.static_range(STAGES):
         mbarrier.init(full_qk.index(i), count=1)
         mbarrier.init(free_qk.index(i), count=1)
         mbarrier.init(full_g.index(i), count=1)
         mbarrier.init(free_g.index(i), count=4)
+        mbarrier.init(full_o.index(i), count=2)
     for i in gl.static_range(PLACES):
         mbarrier.init(full_t.index(i), count=1)
         mbarrier.init(free_t.index(i), count=3)
-    for i in gl.static_range(9):
+    for i in gl.static_range(8):
         mbarrier.init(one.index(i), count=COUNTS[i])
     fence_async_shared()
     group_barrier()
@@ -134,7 +136,7 @@ def gradients_hopper_kernel(
                 one.index(5),
                 one.index(6),
                 one.index(7),
-                one.index(8),
+                full_o,
             ),
         ),
         (

@@ -209,7 +209,7 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
             b_w = product(t_u, t_dS)
             b_z = warpgroup_mma_wait(1, deps=(b_z,))
             group_barrier()
-            mbarrier.arrive(free_t.index(i_do % PLACES), count=2 - HALF)
+            mbarrier.arrive(free_t.index(i_do % PLACES), count=1)
             mbarrier.arrive(free_t.index(i_dr % PLACES), count=1)
             mbarrier.arrive(free_S, count=1)
             b_dk = b_dk + b_z
@@ -225,7 +225,7 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
             s_sums.index(i_sum + BY_TAIL).store(inner_product(b_w, t_kh))
             group_barrier()
             mbarrier.arrive(full_p, count=1)
-            mbarrier.arrive(free_t.index(i_u % PLACES), count=2 - HALF)
+            mbarrier.arrive(free_t.index(i_u % PLACES), count=1)
             mbarrier.arrive(free_dS, count=1)
             mbarrier.arrive(free_g.index(j % STAGES), count=1, pred=r < R - 1)
             j += 1
@@ -240,7 +240,7 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
         t_k.store(b_dk.to(DOT))
         fence_async_shared()
         group_barrier()
-        mbarrier.arrive(full_o, count=1)
+        mbarrier.arrive(full_o.index(n % STAGES), count=1)
         mbarrier.arrive(free_g.index(i_stage), count=1)
 
 

@@ -165,14 +165,17 @@ def sum_states(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
             mbarrier.wait(full_g.index(j % STAGES), (j // STAGES) & 1)
             b_beta = s_gates.index(i_gate + BETA).load(VR)
             b_last = s_gates.index(i_gate + LAST).load(VR)
-            mbarrier.wait(full_t.index(i_dr % PLACES), (i_dr // PLACES) & 1)
+            # Of all tiles, in turn: a barrier tells a phase from the one before alone.
+            for i in gl.static_range(3):
+                mbarrier.wait(full_t.index((3 * j + i) % PLACES), ((3 * j + i) // PLACES) & 1)
             for half in gl.static_range(2):
                 t_dr = s_tokens.index(i_dr % PLACES).slice(half * 64, 64, dim=1)
                 b_dv = (t_dr.load(VL).to(gl.float32) * b_beta[:, None]).to(p_dv.dtype.element_ty)
                 gl.store(p_o + (o_i * (HV * 128) + o_v + half * 64), b_dv, m_t)
             p_o += 128
             group_barrier()
-            mbarrier.arrive(free_t.index(i_dr % PLACES), count=1)
+            for i in gl.static_range(3):
+                mbarrier.arrive(free_t.index((3 * j + i) % PLACES), count=1)
             mbarrier.arrive(free_g.index(j % STAGES), count=1)
             mbarrier.wait(full_S, j & 1)
             mbarrier.wait(full_dS, j & 1)
@@ -248,7 +251,7 @@ def finish(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
                 b_dg = gl.associative_scan(b_dG, 0, plus, reverse=True) + gl.sum(b_end, 0)
                 gl.store(p_dg + o_t, b_dg, m_t)
             o_t += 1
-        mbarrier.wait(full_o, n & 1)
+        mbarrier.wait(full_o.index(n % STAGES), (n // STAGES) & 1)
         t_dq, t_dk = s_q.index(n % STAGES), s_k.index(n % STAGES)
         if IS_VARLEN and valid < BT:
             # The rows after are another sequence's.
