@@ -211,7 +211,7 @@ class Kernel:
     def __init__(self, counts, kilobytes, single):
         self.counts, self.kilobytes, self.single = counts, kilobytes, single
 
-    def faults(self, traces, runs=60):
+    def faults(self, traces, runs=30):
         """Races in any of so many orders, or why one has no end."""
         found = set()
         for seed in range(runs):

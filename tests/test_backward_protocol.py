@@ -152,7 +152,7 @@ def _traces(name, halves, chunks, has_norms, monkeypatch):
 
 
 @pytest.mark.parametrize("has_norms", [False, True], ids=["as given", "norms"])
-@pytest.mark.parametrize("chunks", [1, 2, 3, 8])
+@pytest.mark.parametrize("chunks", [1, 2, 8])
 @pytest.mark.parametrize(
     ("name", "halves"),
     [

@@ -115,6 +115,12 @@ def _segments(args: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 # How often a kernel passes its loops, by their depth; others are passed once.
+def _tiles_and_heads(args: Mapping[str, Any]) -> tuple[int, ...]:
+    """Chunks of key heads that a program has, and value heads of each."""
+    tiles = args["B"] * args["chunks"] * args["H"]
+    return cdiv(tiles, find_arch(ARCH).multiprocessors), args["HV"] // args["H"]
+
+
 TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "recurrent": lambda args: (args["T"],),
     "carry": _segment_chunks,
@@ -124,6 +130,9 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "fused_hopper": lambda args: (cdiv(args["T"], 64),),
     "chunk_replay": _chunks,
     "chunk_reverse": _chunks,
+    "replay_hopper": _chunks,
+    "reverse_hopper": _chunks,
+    "gradients_hopper": _tiles_and_heads,
     "chunk_gradients": lambda args: (args["HV"] // args["H"], cdiv(args["V"], args["BV"])),
 }
 
