@@ -7,7 +7,7 @@
 
 The second and the third walk the chunks one after another, in parallel over sequences, value heads
 and rows of the state; the others are parallel over chunks. The formulas are those of
-``gdn_ops/_chunk_math.py``.
+``gdn_ops/_chunk_math.py``. All but the first have forms in Gluon too (chunk_backward_hopper.py).
 """
 
 from typing import Any, NamedTuple

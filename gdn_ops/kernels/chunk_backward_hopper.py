@@ -17,11 +17,11 @@ def serves_backward(
 ) -> bool:
     """Whether the stages after ``prepare`` have kernels in Gluon for a call.
 
-    us of the backward with l2 norm, 16 key heads and 32 value heads, plain / Gluon (H200, Triton
-    3.6, 2026-11-30):
+    us of forward and backward, 16 key heads and 32 value heads, plain / Gluon (H200, Triton 3.6,
+    2026-11-30):
 
         1x8192        4x8192         1x32768
-        1308 / 690    3744 / 1920    4985 / 2965
+        1456 / 850    3948 / 2243    5567 / 3248
 
     Args:
         do_dtype: Dtype of the gradient of the output.
