@@ -183,7 +183,8 @@ class Language:
     sum = staticmethod(lambda x, axis: x.sum(axis))
     cdiv = staticmethod(lambda a, b: -(-a // b))
     convert_layout = staticmethod(lambda x, _layout: x)
-    SliceLayout = staticmethod(lambda *_: None)
+    SliceLayout = NVMMADistributedLayout = DotOperandLayout = staticmethod(lambda *_: None)
+    NVMMASharedLayout = SwizzledSharedLayout = staticmethod(lambda *_, **__: None)
     static_assert = staticmethod(lambda condition: None)
 
     @classmethod
@@ -269,7 +270,7 @@ class Launcher:
             args = [Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in args]
             constants = {name: x for name, x in constants.items() if name not in self.OPTIONS}
             if "DOT" in constants:
-                constants["DOT"] = getattr(torch, {"bf16": "bfloat16"}[str(constants["DOT"])])
+                constants["DOT"] = {"bf16": torch.bfloat16}[str(constants["DOT"])]
             Language.programs = grid[0]
             for Language.program in range(grid[0]):
                 self.kernel(*args, **constants)
@@ -299,6 +300,7 @@ def interpreted(modules, monkeypatch):
         "warpgroup_mma_wait": lambda _count, deps: deps if len(deps) > 1 else deps[0],
         "fence_async_shared": lambda: None,
         "group_barrier": lambda: None,
+        "wait_for_kernel_before": lambda: None,
         "load_bounds_of_sequence": _bounds,
     }
     launchers = {}

@@ -1,0 +1,107 @@
+"""The scan of a prefill in Gluon, run on a CPU, against the float64 loop over tokens."""
+
+import functools
+
+import oracle
+import pytest
+import torch
+from gluon_interpreter import interpreted
+from inputs import cu_seqlens, indices, make_inputs, make_state
+from tolerance import assert_all_as_accurate_as_plain, assert_bitwise_equal, witnesses
+
+pytest.importorskip("triton")
+
+H, HV, K, V, BF16 = 1, 2, 128, 128, torch.bfloat16
+LENGTHS, PADDING = (0, 70, 64, 0, 1), 9
+
+
+@pytest.fixture(params=[1, 2])
+def kernels(request, monkeypatch):
+    """The launching functions of a GPU of so many multiprocessors that 1 or 2 groups walk."""
+    from gdn_ops.kernels import chunk, chunk_hopper, chunk_scan_hopper, chunk_scan_walk
+    from gdn_ops.kernels.configs import Gpu
+
+    if not chunk_hopper.has_gluon():
+        pytest.skip("needs the Gluon of a Triton that is known")
+    own = chunk_hopper.pick_scan
+
+    def pick(tiles, K, V, _heads, gpu, *flags):
+        return own(tiles, K, V, 1 if request.param == 1 else gpu.multiprocessors, gpu, *flags)
+
+    monkeypatch.setattr(chunk, "_gpu_at", lambda _: Gpu("sm_90", 4, True))
+    monkeypatch.setattr(chunk, "is_faster", lambda *_: False)
+    monkeypatch.setattr(chunk, "pick_scan", pick)
+    # No kernel is started before the one before it is done.
+    monkeypatch.setattr(chunk, "serves", lambda *_: False)
+    with interpreted((chunk_scan_hopper, chunk_scan_walk), monkeypatch) as launchers:
+        yield chunk
+    assert launchers["scan_hopper_kernel"].calls
+
+
+def _batch(B=1, T=130, state=torch.float32, **options):
+    tokens = make_inputs(B, T, H, HV, K, V, BF16, beta_dtype=BF16, unit_keys=not options)
+    return (*tokens, None if state is None else make_state(B, HV, V, K, state)), options
+
+
+def _packed(**options):
+    (*tokens, _), options = _batch(T=sum(LENGTHS) + PADDING, **options)
+    return (*tokens, make_state(len(LENGTHS), HV, V, K), cu_seqlens(LENGTHS)), options
+
+
+NORMS = {"use_qk_l2norm": True}
+CASES = {
+    "a token": lambda: _batch(T=1),
+    "chunks": lambda: _batch(T=256, **NORMS),
+    "a batch": lambda: _batch(B=2, T=70),
+    "no state": lambda: _batch(state=None, **NORMS),
+    "a state of 16 bits": lambda: _batch(state=BF16),
+    "packed": _packed,
+    "packed with norms": lambda: _packed(**NORMS),
+}
+
+
+@functools.cache
+def _expected_of(case):
+    args, options = CASES[case]()
+    return args, options, witnesses(oracle.delta_rule, *args, operands=BF16, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_as_accurate_as_the_loop_over_tokens(kernels, case):
+    args, options, found = _expected_of(case)
+    if len(args) > 6:
+        # What is beside a sequence never leaks, and may be no number.
+        args = [x.clone() for x in args]
+        for x in args[:3]:
+            x[:, sum(LENGTHS) :] = torch.nan
+    results = kernels.chunk(*args, **options)
+    assert_all_as_accurate_as_plain(results, *found, terms=K)
+
+
+def test_rows_without_a_slot_are_zero_and_other_slots_as_they_were(kernels):
+    tokens, bounds = _packed()[0][:5], cu_seqlens(LENGTHS)
+    before = make_state(7, HV, V, K)
+    slots, reads = indices([4, -1, 1, 6, 2]), indices([2, 5, 1, 0, 2])
+    starts = [True, True, False, True, True]
+    found = witnesses(
+        oracle.delta_rule_into_pool,
+        *(*tokens, before, slots, None, bounds, reads),
+        has_initial_state=starts,
+        operands=BF16,
+    )
+    pool = before.clone()
+    o = kernels.chunk_(*tokens, pool, slots, torch.tensor(starts), bounds, reads)
+    assert_all_as_accurate_as_plain((o, pool), *found, terms=K, names=("o", "pool"))
+    rest = [slot for slot in range(7) if slot not in (1, 2)]
+    assert_bitwise_equal(pool[rest], before[rest], "pool")
+    assert not o[:, : LENGTHS[1]].any()
+
+
+def test_segments_agree_with_whole_sequences(kernels, monkeypatch):
+    from gdn_ops.kernels.chunk_segments import Split
+
+    args, options = _batch(B=2, T=260, **NORMS)
+    whole = kernels.chunk(*args, **options)
+    monkeypatch.setattr(kernels, "choose", lambda *_: Split(4, 1))
+    for x, y in zip(kernels.chunk(*args, **options), whole, strict=True):
+        assert (x.float() - y.float()).norm() <= 2**-7 * y.float().norm()
