@@ -171,6 +171,18 @@ def multiply(a, b, sums, use_acc=True, is_async=False):
     return sums + product if use_acc else product
 
 
+def split_operand(x):
+    """``split_operand`` of chunk_fused_walk.py, which is assembly."""
+    high = x.to(torch.bfloat16)
+    return high, (x - high.float()).to(torch.bfloat16)
+
+
+def round_operand(x):
+    """``round_operand`` of chunk_fused_inverse.py."""
+    rounded = x.to(torch.bfloat16)
+    return rounded, -rounded.float()
+
+
 class Language:
     """``gl``: what the kernels use of it."""
 
@@ -179,11 +191,17 @@ class Language:
 
     zeros = staticmethod(lambda shape, dtype, _layout: torch.zeros(shape, dtype=dtype))
     zeros_like, exp2, log2, abs = torch.zeros_like, torch.exp2, torch.log2, torch.abs
+    reshape, rsqrt = torch.reshape, torch.rsqrt
+    join = staticmethod(lambda x, y: torch.stack((x, y), -1))
+    split = staticmethod(lambda x: x.unbind(-1))
+    # Of a register that is moved.
+    inline_asm_elementwise = staticmethod(lambda _asm, _constraints, args, *_: args[0])
     arange = staticmethod(lambda start, end, layout: torch.arange(start, end))
     sum = staticmethod(lambda x, axis: x.sum(axis))
     cdiv = staticmethod(lambda a, b: -(-a // b))
     convert_layout = staticmethod(lambda x, _layout: x)
     SliceLayout = NVMMADistributedLayout = DotOperandLayout = staticmethod(lambda *_: None)
+    BlockedLayout = SliceLayout
     NVMMASharedLayout = SwizzledSharedLayout = staticmethod(lambda *_, **__: None)
     static_assert = staticmethod(lambda condition: None)
 
@@ -298,6 +316,10 @@ def interpreted(modules, monkeypatch):
         "tma": Copies,
         "warpgroup_mma": multiply,
         "warpgroup_mma_wait": lambda _count, deps: deps if len(deps) > 1 else deps[0],
+        "mma_v2": lambda a, b, sums: sums + a.float() @ b.float(),
+        "split_operand": split_operand,
+        "round_operand": round_operand,
+        "column": lambda x, _columns, i: x[:, :, i : i + 1],
         "fence_async_shared": lambda: None,
         "group_barrier": lambda: None,
         "wait_for_kernel_before": lambda: None,

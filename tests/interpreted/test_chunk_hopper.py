@@ -1,4 +1,4 @@
-"""The scan of a prefill in Gluon, run on a CPU, against the float64 loop over tokens."""
+"""The kernels of a prefill in Gluon, run on a CPU, against the float64 loop over tokens."""
 
 import functools
 
@@ -15,27 +15,37 @@ H, HV, K, V, BF16 = 1, 2, 128, 128, torch.bfloat16
 LENGTHS, PADDING = (0, 70, 64, 0, 1), 9
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, "fused"])
 def kernels(request, monkeypatch):
-    """The launching functions of a GPU of so many multiprocessors that 1 or 2 groups walk."""
-    from gdn_ops.kernels import chunk, chunk_hopper, chunk_scan_hopper, chunk_scan_walk
+    """The launching functions, by a scan with 1 or 2 groups that walk, or in one kernel."""
+    from gdn_ops.kernels import (
+        chunk,
+        chunk_fused_hopper,
+        chunk_fused_inverse,
+        chunk_fused_walk,
+        chunk_hopper,
+        chunk_scan_hopper,
+        chunk_scan_walk,
+    )
     from gdn_ops.kernels.configs import Gpu
 
     if not chunk_hopper.has_gluon():
         pytest.skip("needs the Gluon of a Triton that is known")
     own = chunk_hopper.pick_scan
+    is_fused = request.param == "fused"
 
     def pick(tiles, K, V, _heads, gpu, *flags):
         return own(tiles, K, V, 1 if request.param == 1 else gpu.multiprocessors, gpu, *flags)
 
     monkeypatch.setattr(chunk, "_gpu_at", lambda _: Gpu("sm_90", 4, True))
-    monkeypatch.setattr(chunk, "is_faster", lambda *_: False)
+    monkeypatch.setattr(chunk, "is_faster", lambda *_: is_fused)
     monkeypatch.setattr(chunk, "pick_scan", pick)
     # No kernel is started before the one before it is done.
     monkeypatch.setattr(chunk, "serves", lambda *_: False)
-    with interpreted((chunk_scan_hopper, chunk_scan_walk), monkeypatch) as launchers:
+    fused = (chunk_fused_hopper, chunk_fused_inverse, chunk_fused_walk)
+    with interpreted((chunk_scan_hopper, chunk_scan_walk, *fused), monkeypatch) as launchers:
         yield chunk
-    assert launchers["scan_hopper_kernel"].calls
+    assert launchers["fused_hopper_kernel" if is_fused else "scan_hopper_kernel"].calls
 
 
 def _batch(B=1, T=130, state=torch.float32, **options):
@@ -48,12 +58,18 @@ def _packed(**options):
     return (*tokens, make_state(len(LENGTHS), HV, V, K), cu_seqlens(LENGTHS)), options
 
 
+def _without_gates():
+    args, options = _batch(**NORMS)
+    return (*args[:3], None, None, args[5]), options
+
+
 NORMS = {"use_qk_l2norm": True}
 CASES = {
     "a token": lambda: _batch(T=1),
     "chunks": lambda: _batch(T=256, **NORMS),
     "a batch": lambda: _batch(B=2, T=70),
     "no state": lambda: _batch(state=None, **NORMS),
+    "no gates": lambda: _without_gates(),
     "a state of 16 bits": lambda: _batch(state=BF16),
     "packed": _packed,
     "packed with norms": lambda: _packed(**NORMS),
@@ -97,6 +113,7 @@ def test_rows_without_a_slot_are_zero_and_other_slots_as_they_were(kernels):
     assert not o[:, : LENGTHS[1]].any()
 
 
+@pytest.mark.parametrize("kernels", [1, 2], indirect=True)
 def test_segments_agree_with_whole_sequences(kernels, monkeypatch):
     from gdn_ops.kernels.chunk_segments import Split
 
