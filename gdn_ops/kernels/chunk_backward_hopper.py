@@ -135,7 +135,8 @@ def _find_places(
     HV, V = dv.shape[2:]
     places = cu_seqlens.new_empty((count, 2), dtype=torch.int32)
     step = cu_seqlens.stride(0)
-    chunk_places_kernel[(count,)](cu_seqlens, places, step, T, BT=64, BN=128, **OPTIONS)
+    options = {"BT": 64, "num_warps": 4, "num_stages": 1, **OPTIONS}
+    chunk_places_kernel[(count,)](cu_seqlens, places, step, T, BN=128, **options)
     chunk_padding_kernel[(cdiv(T, 64),)](
         *(cu_seqlens, *gradients, step, cu_seqlens.shape[0] - 1, T),
         H=H,
@@ -144,8 +145,7 @@ def _find_places(
         V=V,
         HAS_G=g is not None,
         HAS_BETA=beta is not None,
-        BT=64,
         BW=64,
-        **OPTIONS,
+        **options,
     )
     return places
