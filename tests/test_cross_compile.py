@@ -149,9 +149,10 @@ def facts(compiler, case):
 TUNED = [case for case in LAUNCHES if case.arch == "sm_90" or case.call != "gradient"] + LOWERED
 
 
-# Roles of warps are branches of one loop, so that all of a prefill in one kernel is in a loop; what
-# its own loops spill has a test below.
-IN_LOOPS = [case for case in TUNED if case.kernel != "fused_hopper"]
+# Roles of warps are branches of one loop, so that all of a kernel with roles is in a loop; what
+# their own loops spill has tests below.
+WITH_ROLES = ("fused_hopper", "reverse_hopper", "gradients_hopper")
+IN_LOOPS = [case for case in TUNED if case.kernel not in WITH_ROLES]
 
 
 @pytest.mark.parametrize("case", _params(IN_LOOPS))
@@ -234,6 +235,26 @@ def test_each_role_of_a_prefill_in_one_kernel_has_its_loop(facts, case):
     # It has 24 registers, and waits for most of the time.
     assert load.get("LDL", 0) + load.get("STL", 0) <= 5
     assert facts.num_warps == 16
+    assert facts.registers * 32 * facts.num_warps <= find_arch("sm_90").registers
+
+
+# Instructions of products in a chunk of each role that multiplies. [64, 128] by [128, 64] takes 8,
+# [64, 64] by [64, 64] or by [64, 128] takes 4.
+OF_ROLES = {
+    "replay_hopper": lambda groups: [8 + 4 + 4] * groups,
+    "reverse_hopper": lambda groups: [8] + [8 + 4 + 4 + 4 + 4] * groups,
+    "gradients_hopper": lambda groups: [8 + 8 + 8 + 4 * 4 + 8] * 2,
+}
+
+
+@pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel in OF_ROLES]))
+def test_each_role_of_a_gradient_has_its_loop_and_keeps_its_sums_in_registers(facts, case):
+    loops = [loop for loop in facts.loops if loop.get("HGMMA")]
+    groups = case.launch.args.get("BV", 128) // 64
+    assert sorted(loop["HGMMA"] for loop in loops) == OF_ROLES[case.kernel](groups)
+    # Of 900 to 1500 instructions for a chunk: an address that is not kept in a register.
+    assert max(loop.get("LDL", 0) + loop.get("STL", 0) for loop in loops) <= 4
+    assert not any(loop.get("LDG", 0) + loop.get("STG", 0) for loop in loops)
     assert facts.registers * 32 * facts.num_warps <= find_arch("sm_90").registers
 
 
