@@ -28,7 +28,7 @@ def kernels():
 
 
 def _gradients(kernels, tensors, bounds, walks, monkeypatch, **options):
-    """By the kernels in Gluon, with 1 or 2 groups that walk, on a GPU of three multiprocessors."""
+    """By the kernels in Gluon, with 1 or 2 groups that walk; one program has all gradients."""
     from gdn_ops.kernels import (
         chunk_backward_gates,
         chunk_backward_gradients_hopper,
@@ -52,8 +52,11 @@ def _gradients(kernels, tensors, bounds, walks, monkeypatch, **options):
     own = kernels.pick_walks
     monkeypatch.setattr(kernels, "serves_backward", lambda *_: True)
     monkeypatch.setattr(kernels, "_use_descriptors", lambda *_: True)
-    monkeypatch.setattr(kernels, "pick_walks", lambda heads, gpu: own(walks * 2, gpu))
-    monkeypatch.setattr(kernels.chunk, "_gpu_at", lambda _: Gpu("interpreter", 4, False))
+    pick = functools.partial(own, 1 if walks == 1 else 1000)
+    monkeypatch.setattr(
+        kernels, "pick_walks", lambda _heads, gpu: pick(gpu._replace(multiprocessors=2))
+    )
+    monkeypatch.setattr(kernels.chunk, "_gpu_at", lambda _: Gpu("interpreter", 1, False))
     with interpreted(modules, monkeypatch) as launchers:
         found = kernels.chunk_backward(
             *(do, dfinal_state, q, k, v, g, beta, initial_state, bounds), **options
