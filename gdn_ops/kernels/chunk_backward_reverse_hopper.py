@@ -28,7 +28,7 @@ from .chunk_scan_hopper import load_bounds_of_sequence
 from .chunk_scan_walk import group_barrier
 
 # Registers of a thread of the second walk, of ``weigh`` and of the others. The first walk has what
-# they leave of 512. With 200 a walk spills 17 times in its loop, with 208 never (Triton 3.6).
+# they leave of 512. With 200 they spill 12 times in loops, with 208 never (Triton 3.6).
 REGISTERS = gl.constexpr((208, 72, 24, 24))
 
 
