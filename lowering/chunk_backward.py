@@ -16,8 +16,9 @@ from gdn_ops.kernels import (
     chunk_backward_replay,
     chunk_backward_reverse,
 )
-from gdn_ops.kernels.chunk_backward import PLACE_BN, BackwardTiles, pick_backward, rows_of_heads
+from gdn_ops.kernels.chunk_backward import BackwardTiles, pick_backward, rows_of_heads
 from gdn_ops.kernels.chunk_backward_hopper import serves_backward
+from gdn_ops.kernels.chunk_backward_places import PLACE_BN
 from gdn_ops.kernels.configs import Gpu, gpu_at
 
 from . import _inductor

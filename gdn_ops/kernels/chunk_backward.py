@@ -19,14 +19,13 @@ from torch import Tensor
 from . import chunk
 from .chunk_backward_gradients import chunk_gradients_kernel
 from .chunk_backward_hopper import launch_gradients, pick_walks, serves_backward
+from .chunk_backward_places import PLACE_BN
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
 from .configs import TRITON, Gpu
 from .launch import OPTIONS, fits_descriptor, strides
 from .plan import new_scratch
 
-# Bounds of sequences that a program reads at once to find its chunk.
-PLACE_BN = 128
 # Stages of the third stage's loops for packed rows where a GPU is tight, if they are not 1.
 PACKED_STAGES: dict[tuple[int, ...], int] = {(3, 8): 3}
 

@@ -50,10 +50,13 @@ def load_gates(p_G, p_beta, stride_beta_t, valid, HAS_BETA: gl.constexpr, NORMS:
 
 
 @gluon.jit
-def store_gates(s_gates, i_gate, b_gates, scale: gl.constexpr, NORMS: gl.constexpr):
-    """The rows of a stage."""
+def store_gates(gates, j, b_gates, scale: gl.constexpr, NORMS: gl.constexpr):
+    """The ``j``-th rows, as soon as their stage is free."""
+    s_gates, full_g, free_g = gates
     b_G, b_Gq, b_Gk, b_last, b_beta = b_gates
     b_zero = gl.zeros_like(b_G)
+    i_gate = j % STAGES * GATES
+    mbarrier.wait(free_g.index(j % STAGES), ((j // STAGES) & 1) ^ 1)
     s_gates.index(i_gate + TO_Q).store(b_Gq + gl.log2(b_zero + scale))
     s_gates.index(i_gate + TO_K).store(b_Gk)
     s_gates.index(i_gate + FROM).store(2 * b_G - b_Gk)
@@ -65,6 +68,8 @@ def store_gates(s_gates, i_gate, b_gates, scale: gl.constexpr, NORMS: gl.constex
     if NORMS:
         s_gates.index(i_gate + Q_SCALE).store(gl.exp2(b_Gq - b_G))
         s_gates.index(i_gate + K_SCALE).store(gl.exp2(b_Gk - b_G))
+    group_barrier()
+    mbarrier.arrive(full_g.index(j % STAGES), count=1)
 
 
 @gluon.jit
@@ -75,7 +80,6 @@ def make_gates_of_sequence(gates, sources, length, chunks, C: gl.constexpr, IS_B
     HAS_BETA: gl.constexpr = C[2]
     NORMS: gl.constexpr = C[3]
     ROWS: gl.constexpr = 3 if NORMS else 1
-    s_gates, full_g, free_g = gates
     p_G, p_beta, stride_beta_t = sources
     for i in range(chunks):
         i_t = chunks - 1 - i if IS_BACK else i
@@ -85,8 +89,4 @@ def make_gates_of_sequence(gates, sources, length, chunks, C: gl.constexpr, IS_B
             p_t += i_first * stride_beta_t
         p_row = p_G + i_first * (HV * ROWS)
         b_gates = load_gates(p_row, p_t, stride_beta_t, length - i_t * BT, HAS_BETA, NORMS)
-        i_stage = i % STAGES
-        mbarrier.wait(free_g.index(i_stage), ((i // STAGES) & 1) ^ 1)
-        store_gates(s_gates, i_stage * GATES, b_gates, scale, NORMS)
-        group_barrier()
-        mbarrier.arrive(full_g.index(i_stage), count=1)
+        store_gates(gates, i, b_gates, scale, NORMS)

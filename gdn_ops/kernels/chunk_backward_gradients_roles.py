@@ -40,7 +40,6 @@ def make_gates(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
     HAS_BETA: gl.constexpr = C[4]
     NORMS: gl.constexpr = C[5]
     ROWS: gl.constexpr = 3 if NORMS else 1
-    full_g, free_g = bars[0][4], bars[0][5]
     p_G, beta, stride_b, stride_t, stride_h = tokens[8]
     _, _, _, _, _, count, _, _ = sizes
     for n in range(count):
@@ -54,10 +53,7 @@ def make_gates(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
                 p_beta += i_b.to(gl.int64) * stride_b + i_t.to(gl.int64) * stride_t
                 p_beta += i_hv * stride_h
             b_gates = load_gates(p_row, p_beta, stride_t, valid, HAS_BETA, NORMS)
-            mbarrier.wait(free_g.index(j % STAGES), ((j // STAGES) & 1) ^ 1)
-            store_gates(gates[0], j % STAGES * GATES, b_gates, scale, NORMS)
-            group_barrier()
-            mbarrier.arrive(full_g.index(j % STAGES), count=1)
+            store_gates((gates[0], bars[0][4], bars[0][5]), j, b_gates, scale, NORMS)
 
 
 @gluon.jit

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .chunk_backward_beta import chunk_beta_kernel
-from .chunk_backward_places import chunk_padding_kernel, chunk_places_kernel
-from .chunk_hopper import serves
+from .chunk_backward_places import PLACE_BN, chunk_padding_kernel, chunk_places_kernel
+from .chunk_hopper import pick_rows, serves
 from .configs import Gpu, cdiv, next_power_of_2
 from .launch import OPTIONS, strides
 
@@ -35,19 +35,14 @@ def serves_backward(
 
 
 def pick_walks(heads: int, gpu: Gpu) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
-    """The kernels of the first two stages, each with what its launch has else.
-
-    Rows of states as ``chunk_hopper.pick_scan`` has them.
-    """
+    """The kernels of the first two stages, each with what its launch has else."""
     # Not at the top: a Triton without Gluon has the other kernels.
     from .chunk_backward_replay_hopper import replay_hopper_kernel
     from .chunk_backward_reverse_hopper import reverse_hopper_kernel
 
-    BV = 64 if 2 * heads <= gpu.multiprocessors else 128
+    BV, of_few_roles = pick_rows(heads, gpu)
     options: dict[str, Any] = {"BV": BV, "num_warps": 4, "num_stages": 1}
-    # Of 8 warps, those of the roles, Triton would want 256 registers, which ptxas refuses.
-    least = {"maxnreg": 240} if BV == 64 else {}
-    return replay_hopper_kernel, options | least, reverse_hopper_kernel, options
+    return replay_hopper_kernel, options | of_few_roles, reverse_hopper_kernel, options
 
 
 def launch_gradients(
@@ -136,7 +131,7 @@ def _find_places(
     places = cu_seqlens.new_empty((count, 2), dtype=torch.int32)
     step = cu_seqlens.stride(0)
     options = {"BT": 64, "num_warps": 4, "num_stages": 1, **OPTIONS}
-    chunk_places_kernel[(count,)](cu_seqlens, places, step, T, BN=128, **options)
+    chunk_places_kernel[(count,)](cu_seqlens, places, step, T, BN=PLACE_BN, **options)
     chunk_padding_kernel[(cdiv(T, 64),)](
         *(cu_seqlens, *gradients, step, cu_seqlens.shape[0] - 1, T),
         H=H,

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from .chunk_prepare import find_chunk, load_bounds
 
+# Bounds of sequences that a program reads at once to find its chunk.
+PLACE_BN = 128
+
 
 @triton.jit
 def chunk_places_kernel(

@@ -39,18 +39,22 @@ from .chunk_backward_gates import (
     THROUGH_K,
     make_gates_of_sequence,
 )
-from .chunk_scan_hopper import load_bounds_of_sequence
-from .chunk_scan_walk import group_barrier, tile_layout
-
-# Chunks in shared memory.
-PLACES = gl.constexpr(3)
-TILE, TILE_3 = gl.constexpr(tile_layout()), gl.constexpr(tile_layout(3))
-# States [V, K], and what is multiplied by them [V, BT]; as left operands; rows and columns.
-SL, XL = (gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])) for n in (128, 64))
-SA, XA = (gl.constexpr(gl.DotOperandLayout(0, x, 2)) for x in (SL, XL))
-SR, SC, XC = (gl.constexpr(gl.SliceLayout(n, x)) for n, x in ((1, SL), (0, SL), (0, XL)))
-# A state as descriptors of places have it.
-STATE = gl.constexpr([1, 64, 128])
+from .chunk_backward_walk import (
+    PLACES,
+    SA,
+    SC,
+    SL,
+    SR,
+    STATE,
+    TILE,
+    TILE_3,
+    XA,
+    XC,
+    XL,
+    addresses_of_gates,
+    sequence_of_program,
+)
+from .chunk_scan_walk import group_barrier
 
 
 @gluon.jit
@@ -61,7 +65,7 @@ def load(tiles, gates, bars, sources, sizes, C: gl.constexpr):
     s_k, s_v, s_X, _, _ = tiles
     full, free = bars
     k, v, p_X = sources[0]
-    i_v, rows, _, chunks, _ = sizes
+    i_v, rows, _, chunks = sizes
     make: gl.constexpr = tma.make_tensor_descriptor
     d_k = make(k[0], [rows, 128], [k[1], 1], [BT, 128], TILE)
     d_v = make(v[0], [rows, 128], [v[1], 1], [BT, 64], TILE)
@@ -95,7 +99,7 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
     s_gates, full_g, free_g = gates
     full, free = bars
     p_states, u, read = sources[2]
-    i_v, rows, _, chunks, _ = sizes
+    i_v, rows, _, chunks = sizes
     DOT: gl.constexpr = s_k.dtype
     make: gl.constexpr = tma.make_tensor_descriptor
     places = gl.cdiv(rows, BT)
@@ -225,32 +229,20 @@ def replay_hopper_kernel(
     """One sequence, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``."""
     gl.static_assert(K == 128 and V == 128 and BT == 64 and (BV == 64 or BV == 128))
     gl.static_assert(USE_DESCRIPTORS and USE_DESCRIPTOR_STORE)
-    NV: gl.constexpr = V // BV
     HALVES: gl.constexpr = BV // 64
-    i_v = gl.program_id(0) % NV
-    i_hv = gl.program_id(0) // NV % HV
-    i_n = gl.program_id(0) // (NV * HV)
+    i_v, i_hv, i_n, i_b, i_first, i_place, length = sequence_of_program(
+        cu_seqlens, stride_cu_seqlens_n, T, HV, V // BV, IS_VARLEN
+    )
     i_h = i_hv // (HV // H)
-    # No constant, also of one token.
-    length = i_n * 0 + T
-    i_b = i_n.to(gl.int64)
-    i_first = i_b * 0
-    i_place = i_b * gl.cdiv(T, BT)
-    if IS_VARLEN:
-        N = gl.num_programs(0) // (NV * HV)
-        i_start, length = load_bounds_of_sequence(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
-        i_first = i_start.to(gl.int64)
-        i_b = i_b * 0
-        i_place = (i_start // BT + i_n).to(gl.int64)
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
     p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
     p_u = u + i_b * stride_u_b + i_first * stride_u_t + i_hv * stride_u_h
     p_X = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
     p_states = states + (i_place * HV + i_hv) * (V * K)
-    p_G = G + (i_place * HV + i_hv) * ((3 if USE_QK_L2NORM else 1) * BT)
-    p_beta = p_G  # of what is absent there is no pointer
-    if HAS_BETA:
-        p_beta = beta + i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
+    beta_strides = (stride_beta_b, stride_beta_t, stride_beta_h)
+    of_gates = addresses_of_gates(
+        G, beta, beta_strides, i_b, i_first, i_place, i_hv, HV, HAS_BETA, USE_QK_L2NORM
+    )
     read = (states, 0, 0)
     if HAS_INITIAL_STATE:
         p_S = initial_state + i_n.to(gl.int64) * stride_initial_state_n
@@ -285,10 +277,10 @@ def replay_hopper_kernel(
         (full, free),
         (
             ((p_k, stride_k_t), (p_v, stride_v_t), p_X),
-            (p_G, p_beta, stride_beta_t),
+            of_gates,
             (p_states, (p_u, stride_u_t), read),
         ),
-        (i_v, rows, length, gl.cdiv(length, BT), 0),
+        (i_v, rows, length, gl.cdiv(length, BT)),
         C,
     )
     if HALVES == 1:

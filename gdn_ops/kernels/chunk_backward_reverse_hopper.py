@@ -23,8 +23,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .chunk_backward_gates import BT, GATES, ROW, STAGES, make_gates_of_sequence
-from .chunk_backward_reverse_walk import PLACES, TILE, walk_high, walk_low, weigh
-from .chunk_scan_hopper import load_bounds_of_sequence
+from .chunk_backward_reverse_walk import walk_high, walk_low, weigh
+from .chunk_backward_walk import PLACES, TILE, addresses_of_gates, sequence_of_program
 from .chunk_scan_walk import group_barrier
 
 # Registers of a thread of the second walk, of ``weigh`` and of the others. The first walk has what
@@ -126,33 +126,21 @@ def reverse_hopper_kernel(
     """One sequence, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``."""
     gl.static_assert(K == 128 and V == 128 and BT == 64 and (BV == 64 or BV == 128))
     gl.static_assert(USE_DESCRIPTORS and USE_DESCRIPTOR_STORE)
-    NV: gl.constexpr = V // BV
     HALVES: gl.constexpr = BV // 64
-    i_v = gl.program_id(0) % NV
-    i_hv = gl.program_id(0) // NV % HV
-    i_n = gl.program_id(0) // (NV * HV)
+    i_v, i_hv, i_n, i_b, i_first, i_place, length = sequence_of_program(
+        cu_seqlens, stride_cu_seqlens_n, T, HV, V // BV, IS_VARLEN
+    )
     i_h = i_hv // (HV // H)
-    # No constant, also of one token.
-    length = i_n * 0 + T
-    i_b = i_n.to(gl.int64)
-    i_first = i_b * 0
-    i_place = i_b * gl.cdiv(T, BT)
-    if IS_VARLEN:
-        N = gl.num_programs(0) // (NV * HV)
-        i_start, length = load_bounds_of_sequence(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
-        i_first = i_start.to(gl.int64)
-        i_b = i_b * 0
-        i_place = (i_start // BT + i_n).to(gl.int64)
     p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
     p_do = do + i_b * stride_do_b + i_first * stride_do_t + i_hv * stride_do_h
     p_dr = dr + i_b * stride_dr_b + i_first * stride_dr_t + i_hv * stride_dr_h
     p_X = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
     p_dstates = dstates + (i_place * HV + i_hv) * (V * K)
-    p_G = G + (i_place * HV + i_hv) * ((3 if USE_QK_L2NORM else 1) * BT)
-    p_beta = p_G  # of what is absent there is no pointer
-    if HAS_BETA:
-        p_beta = beta + i_b * stride_beta_b + i_first * stride_beta_t + i_hv * stride_beta_h
+    beta_strides = (stride_beta_b, stride_beta_t, stride_beta_h)
+    of_gates = addresses_of_gates(
+        G, beta, beta_strides, i_b, i_first, i_place, i_hv, HV, HAS_BETA, USE_QK_L2NORM
+    )
     read, write = (dstates, 0, 0), dstates
     if HAS_DFINAL_STATE:
         p_dS = dfinal_state + i_n.to(gl.int64) * stride_dfinal_state_n
@@ -200,7 +188,7 @@ def reverse_hopper_kernel(
         (full, free, full_P),
         (
             ((p_q, stride_q_t), (p_k, stride_k_t), (p_do, stride_do_t), p_X),
-            (p_G, p_beta, stride_beta_t),
+            of_gates,
             (p_dstates, (p_dr, stride_dr_t), read, write),
         ),
         (i_v, rows, length, gl.cdiv(length, BT)),

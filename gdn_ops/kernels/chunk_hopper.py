@@ -20,15 +20,26 @@ def serves(K: int, V: int, gpu: Gpu) -> bool:
     return gpu.arch == "sm_90" and (K, V) == (128, 128) and has_gluon()
 
 
+def pick_rows(heads: int, gpu: Gpu) -> tuple[int, dict[str, Any]]:
+    """``BV``, the rows of a state that a program walks, and options of one that walks and loads.
+
+    One warp group has 64 rows, where all programs have a multiprocessor for themselves; else two
+    share the tokens.
+    """
+    if 2 * heads > gpu.multiprocessors:
+        return 128, {}
+    # Of 8 warps, those of the roles, Triton would want 256 registers, which ptxas refuses.
+    return 64, {"maxnreg": 240}
+
+
 def pick_scan(
     tiles: Any, K: int, V: int, heads: int, gpu: Gpu, is_late: bool, is_split: bool
 ) -> tuple[Any, Any, dict[str, Any]]:
     """The kernel, its tiles, and further options of Triton.
 
-    A program with one warp group of 64 rows where all of them have a multiprocessor for themselves,
-    else with two, which share the tokens. us of a prefill of 32 heads, this scan / the plain one
-    (H200, Triton 3.6, 2026-11-30): 512 tokens 22 / 29, 8192 212 / 257, 2 x 4096 172 / 187; and on
-    2026-11-29 4 x 2048 172 / 174, 4 x 8192 596 / 624.
+    us of a prefill of 32 heads, this scan / the plain one (H200, Triton 3.6, 2026-11-30): 512
+    tokens 22 / 29, 8192 212 / 257, 2 x 4096 172 / 187; and on 2026-11-29 4 x 2048 172 / 174, 4 x
+    8192 596 / 624.
 
     Args:
         tiles: Those of ``scan_kernel``.
@@ -44,10 +55,7 @@ def pick_scan(
     # Not at the top: a Triton without Gluon has the other kernel.
     from .chunk_scan_hopper import scan_hopper_kernel
 
-    BV = 64 if 2 * heads <= gpu.multiprocessors else 128
+    BV, options = pick_rows(heads, gpu)
     # Beside ``prepare_kernel``: 1 to 5 % of a prefill (H200, Triton 3.6, 2026-11-30).
-    options: dict[str, Any] = {"launch_pdl": True}
-    if BV == 64:
-        # Of 8 warps, those of the roles, Triton would want 256 registers, which ptxas refuses.
-        options["maxnreg"] = 240
+    options |= {"launch_pdl": True}
     return scan_hopper_kernel, tiles._replace(BV=BV, num_warps=4, num_stages=3), options

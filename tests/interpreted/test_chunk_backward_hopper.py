@@ -37,12 +37,13 @@ def _gradients(kernels, tensors, bounds, walks, monkeypatch, **options):
         chunk_backward_replay_hopper,
         chunk_backward_reverse_hopper,
         chunk_backward_reverse_walk,
+        chunk_backward_walk,
     )
     from gdn_ops.kernels.configs import Gpu
 
     modules = (
         *(chunk_backward_gates, chunk_backward_replay_hopper, chunk_backward_reverse_hopper),
-        *(chunk_backward_reverse_walk, chunk_backward_gradients_hopper),
+        *(chunk_backward_reverse_walk, chunk_backward_walk, chunk_backward_gradients_hopper),
         *(chunk_backward_gradients_products, chunk_backward_gradients_roles),
     )
     q, k, v, g, beta, initial_state = tensors
