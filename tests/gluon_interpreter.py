@@ -7,11 +7,11 @@ business of tests/protocol.py. A pointer outside of its tensor's memory fails, a
 mask does not hide.
 """
 
-import builtins
 import contextlib
 import threading
 
 import torch
+from protocol import stand_in
 
 # Longer than any wait that ends; roles of a test take milliseconds.
 PATIENCE = 60.0
@@ -307,9 +307,12 @@ def _bounds(cu_seqlens, i_n, stride, N, T):
 @contextlib.contextmanager
 def interpreted(modules, monkeypatch):
     """While it lasts, kernels of these modules run here. Gives launchers by the kernels' names."""
-    from triton.experimental.gluon import language
-    from triton.experimental.gluon._runtime import GluonJITFunction
-
+    launchers = {
+        name: Launcher(x.fn)
+        for module in modules
+        for name, x in vars(module).items()
+        if name.endswith("_kernel")
+    }
     stand_ins = {
         "gl": Language,
         "mbarrier": MBarrier,
@@ -324,21 +327,10 @@ def interpreted(modules, monkeypatch):
         "group_barrier": lambda: None,
         "wait_for_kernel_before": lambda: None,
         "load_bounds_of_sequence": _bounds,
+        # Indices have any width.
+        "range": lambda *ends: map(torch.tensor, range(*map(int, ends))),
+        **launchers,
     }
-    launchers = {}
     with monkeypatch.context() as patch:
-        for module in modules:
-            for name, x in list(vars(module).items()):
-                if name in stand_ins:
-                    patch.setattr(module, name, stand_ins[name])
-                elif isinstance(x, GluonJITFunction) and name.endswith("_kernel"):
-                    launchers[name] = Launcher(x.fn)
-                    patch.setattr(module, name, launchers[name])
-                elif isinstance(x, GluonJITFunction):
-                    patch.setattr(module, name, x.fn)
-                elif isinstance(x, language.constexpr):
-                    patch.setattr(module, name, x.value)
-            # Indices have any width.
-            counted = lambda *ends: map(torch.tensor, builtins.range(*map(int, ends)))  # noqa: E731
-            patch.setattr(module, "range", counted, raising=False)
+        stand_in(modules, patch, stand_ins)
         yield launchers

@@ -138,12 +138,29 @@ class Barriers:
         self.trace.append(("expect", bar.key, size))
 
 
-@contextlib.contextmanager
-def noted(modules, monkeypatch, **others):
-    """A list of what the functions of these modules do; ``others`` take the places of some."""
+def stand_in(modules, patch, stand_ins):
+    """Functions of these modules become Python's, with numbers for constexprs and these names.
+
+    ``range`` among them is each module's own.
+    """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonJITFunction
 
+    for module in modules:
+        for name, x in list(vars(module).items()):
+            if name in stand_ins:
+                patch.setattr(module, name, stand_ins[name])
+            elif isinstance(x, GluonJITFunction):
+                patch.setattr(module, name, x.fn)
+            elif isinstance(x, gl.constexpr):
+                patch.setattr(module, name, x.value)
+        if "range" in stand_ins:
+            patch.setattr(module, "range", stand_ins["range"], raising=False)
+
+
+@contextlib.contextmanager
+def noted(modules, monkeypatch, **others):
+    """A list of what the functions of these modules do; ``others`` take the places of some."""
     trace = []
     products = Products(trace)
     stand_ins = {
@@ -158,14 +175,7 @@ def noted(modules, monkeypatch, **others):
         **others,
     }
     with monkeypatch.context() as patch:
-        for module in modules:
-            for name, x in list(vars(module).items()):
-                if name in stand_ins:
-                    patch.setattr(module, name, stand_ins[name])
-                elif isinstance(x, GluonJITFunction):
-                    patch.setattr(module, name, x.fn)
-                elif isinstance(x, gl.constexpr) and isinstance(x.value, int):
-                    patch.setattr(module, name, x.value)
+        stand_in(modules, patch, stand_ins)
         yield trace
 
 

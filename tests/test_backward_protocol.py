@@ -30,6 +30,12 @@ class Number(int):
         return Number(int(other) - int(self))
 
 
+NUMBERS = {
+    "load_gates": lambda *_: (ANY,) * 5,
+    "range": lambda n: map(Number, range(n)),
+}
+
+
 def _named(trace, names):
     return tuple(Tile(trace, name) for name in names.split())
 
@@ -38,7 +44,7 @@ def _replay(role, chunks, halves, _has_norms, monkeypatch):
     from gdn_ops.kernels import chunk_backward_gates as gates
     from gdn_ops.kernels import chunk_backward_replay_hopper as kernel
 
-    with noted((kernel, gates), monkeypatch, load_gates=lambda *_: (ANY,) * 5) as trace:
+    with noted((kernel, gates), monkeypatch, **NUMBERS) as trace:
         function = {
             "low": kernel.walk_low,
             "high": kernel.walk_high,
@@ -51,7 +57,7 @@ def _replay(role, chunks, halves, _has_norms, monkeypatch):
             _named(trace, "gates full_g free_g"),
             _named(trace, "full free"),
             (of_tokens, (ANY, ANY, ANY), (ANY, (ANY, ANY), (ANY, ANY, ANY))),
-            (0, ANY, ANY, chunks, 0),
+            (0, ANY, ANY, chunks),
             (1.0, 2, True, True, halves, True),
         )
     return trace
@@ -62,7 +68,7 @@ def _reverse(role, chunks, halves, _has_norms, monkeypatch):
     from gdn_ops.kernels import chunk_backward_reverse_hopper as kernel
     from gdn_ops.kernels import chunk_backward_reverse_walk as walks
 
-    with noted((kernel, walks, gates), monkeypatch, load_gates=lambda *_: (ANY,) * 5) as trace:
+    with noted((kernel, walks, gates), monkeypatch, **NUMBERS) as trace:
         function = {
             "low": walks.walk_low,
             "high": walks.walk_high,
@@ -87,11 +93,8 @@ def _gradients(role, chunks, _halves, has_norms, monkeypatch, valid=64, heads=2)
     from gdn_ops.kernels import chunk_backward_gradients_products as products
     from gdn_ops.kernels import chunk_backward_gradients_roles as roles
 
-    numbers = {
-        "load_gates": lambda *_: (ANY,) * 5,
-        "place_of_tile": lambda *_: (ANY, ANY, ANY, valid, ANY),
-    }
-    with noted((roles, products, gates), monkeypatch, **numbers) as trace:
+    place = {"place_of_tile": lambda *_: (ANY, ANY, ANY, valid, ANY)}
+    with noted((roles, products, gates), monkeypatch, **NUMBERS, **place) as trace:
         function = {
             "low": products.multiply_low,
             "high": products.multiply_high,
@@ -143,10 +146,6 @@ def _kernel(name, halves):
 
 def _traces(name, halves, chunks, has_norms, monkeypatch):
     trace, roles, counts, kilobytes = _kernel(name, halves)
-    from gdn_ops.kernels import chunk_backward_gates
-
-    counted = lambda n: map(Number, range(n))  # noqa: E731 a name of a module
-    monkeypatch.setattr(chunk_backward_gates, "range", counted, raising=False)
     kernel = Kernel(counts, kilobytes, {"load", "gates", "finish"})
     return kernel, {role: trace(role, chunks, halves, has_norms, monkeypatch) for role in roles}
 
