@@ -7,7 +7,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv
 
 from gdn_ops.kernels import chunk as kernels
-from gdn_ops.kernels import chunk_prepare, chunk_scan
+from gdn_ops.kernels import chunk_prepare, chunk_prepared, chunk_scan
 from gdn_ops.kernels.chunk_segments import BN, WHOLE
 from gdn_ops.kernels.configs import Gpu
 
@@ -91,10 +91,10 @@ def _call(
         "IS_VARLEN": bounds is not None,
         "USE_QK_L2NORM": use_qk_l2norm,
         "DOT": str(dtype).replace("torch", "tl"),
-        "PRECISION": repr(kernels.PRECISION),
+        "PRECISION": repr(chunk_prepared.PRECISION),
     }
     generators = timing.of_rows(q, bounds, tensors["state_indices"])
-    _add_prepare(tensors, gates, tiles, gpu, constants, generators)
+    _add_prepare(tensors, gates, choice, constants, generators)
     constants |= {"USE_DESCRIPTORS": use_descriptors}
     if split != WHOLE:
         tensors["segment_states"] = chunk_segments.enter_segments(
@@ -142,12 +142,12 @@ def _call(
 def _add_prepare(
     tensors: dict[str, IRNode | None],
     gates: dict[str, Computed],
-    tiles: kernels.Tiles,
-    gpu: Gpu,
+    choice: Choice,
     constants: dict[str, Any],
     generators: dict[str, Any],
 ) -> None:
     """Put what ``prepare_kernel`` makes of q, k, g and beta in place of g and beta."""
+    gpu, tiles = choice.gpu, choice.tiles
     g, beta, bounds = tensors.pop("g"), tensors.pop("beta"), tensors["cu_seqlens"]
     q = tensors["q"]
     assert q is not None
@@ -156,25 +156,30 @@ def _add_prepare(
     chunks = FloorDiv(T + tiles.BT - 1, tiles.BT)
     places = B * chunks if bounds is None else chunks + bounds.get_size()[0] - 1
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    rows = kernels.rows_of_decays(constants["USE_QK_L2NORM"], is_scaled=True)
+    rows = chunk_prepared.rows_of_decays(constants["USE_QK_L2NORM"], is_scaled=True)
     weights = _inductor.new_buffer(q, [B, T, HV, tiles.BT], dtype)
     G = _inductor.new_buffer(q, [places, HV, rows, tiles.BT], wide)
+    made = {"G": G, "weights": weights}
+    if choice.split != WHOLE:
+        made["kept"] = _inductor.new_buffer(q, [places, HV], torch.float32)
     inputs = {"q": q, "k": tensors["k"], "g": g, "beta": beta, "cu_seqlens": bounds}
     inverse = PREPARE.call(
-        {**inputs, "G": G, "weights": weights},
+        {**inputs, **made},
         _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
         [prepare_config(dtype, gpu, tiles.BT, tiles.BK, H, HV, places)],
-        mutated=["G", "weights"],
+        mutated=list(made),
         computed=gates,
         call_sizes=[places, HV],
         generators=generators,
         HAS_G=g is not None or "g" in gates,
         HAS_BETA=beta is not None or "beta" in gates,
         IS_SCALED=True,
+        HAS_KEPT="kept" in made,
         STARTS_NEXT=False,
         **constants,
     )
     tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
+    tensors["kept"] = made.get("kept")
 
 
 def prepare_config(
@@ -182,8 +187,8 @@ def prepare_config(
 ) -> Config:
     """What the launcher of ``prepare_kernel`` chooses."""
     [chunks] = _inductor.hints([places])
-    choice = kernels.prepare_choice(dtype, gpu, BK, H, HV, chunks)._asdict()
-    sizes = {"BT": BT, "BK": BK, "BN": kernels.PREPARE_BN}
+    choice = chunk_prepared.prepare_choice(dtype, gpu, BK, H, HV, chunks)._asdict()
+    sizes = {"BT": BT, "BK": BK, "BN": chunk_prepared.PREPARE_BN}
     return Config.of(choice.pop("num_warps"), 1, **sizes, **choice)
 
 

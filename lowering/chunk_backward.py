@@ -10,11 +10,11 @@ import sympy  # type: ignore[import-untyped]  # it has no stubs
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
-from gdn_ops.kernels import chunk as chunk_kernels
 from gdn_ops.kernels import (
     chunk_backward_gradients,
     chunk_backward_replay,
     chunk_backward_reverse,
+    chunk_prepared,
 )
 from gdn_ops.kernels.chunk_backward import BackwardTiles, pick_backward, rows_of_heads
 from gdn_ops.kernels.chunk_backward_hopper import serves_backward
@@ -147,7 +147,7 @@ class _Call:
             "IS_VARLEN": cu_seqlens is not None,
             "USE_QK_L2NORM": use_qk_l2norm,
             "DOT": _DOT[q.get_dtype()],
-            "PRECISION": repr(chunk_kernels.PRECISION),
+            "PRECISION": repr(chunk_prepared.PRECISION),
         }
 
     def new(self, *size: Any, dtype: torch.dtype | None = None) -> IRNode:
@@ -164,7 +164,7 @@ class _Call:
         BT = self.tiles.BT
         dtype = self.q.get_dtype()
         wide = torch.float64 if dtype == torch.float32 else torch.float32
-        rows = chunk_kernels.rows_of_decays(self.use_qk_l2norm, is_scaled=False)
+        rows = chunk_prepared.rows_of_decays(self.use_qk_l2norm, is_scaled=False)
         G = self.new(self.places, self.HV, rows, BT, dtype=wide)
         inverse = PREPARE.call(
             self.named("q", "k", "g", "beta", "cu_seqlens", G=G),
@@ -174,6 +174,7 @@ class _Call:
             call_sizes=[self.places, self.HV],
             HAS_G=self.inputs["g"] is not None,
             IS_SCALED=False,
+            HAS_KEPT=False,
             STARTS_NEXT=False,
             **self.flags,
         )

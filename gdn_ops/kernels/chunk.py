@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .chunk_fused import is_faster, launch_fused
 from .chunk_hopper import pick_scan, serves
-from .chunk_prepare import prepare_kernel
+from .chunk_prepared import DOT, PRECISION, prepare
 from .chunk_segments import BN, WHOLE, choose, enter_segments
-from .configs import PREPARE_WARPS, SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
+from .configs import SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
 from .launch import fits_descriptor, launch, strides
 from .plan import new_scratch
 
@@ -84,134 +84,7 @@ def stores_late(tiles: Tiles, gpu: Gpu) -> bool:
     return gpu.arch == "sm_90" and tiles.num_stages > 2
 
 
-# Bounds that ``prepare_kernel`` reads at once.
-PREPARE_BN = 128
-
-
-class PrepareChoice(NamedTuple):
-    """How ``prepare_kernel`` is launched."""
-
-    num_warps: int
-    NORMS_BY_PRODUCT: bool
-    KB: int
-    STAGES: int
-    HEADS: int
-
-
-def prepare_choice(
-    dtype: torch.dtype, gpu: Gpu, BK: int, H: int, HV: int, places: int
-) -> PrepareChoice:
-    """Warps, tiles and heads of a program of ``prepare_kernel``.
-
-    Four warps have 16 rows each, so that all merges of the inverse but two stay inside a warp.
-    Squares by warp groups save 400 of 2800 instructions and 34 spills; before warp groups, on
-    sm_80, they would spill (cross-compiled, 2026-11-24).
-
-    The heads of a key head in one program take 88 us for 8192 tokens of 16 heads, with the norms
-    inside 94; one a program 104 and 116 (H200, 2026-11-25). But they wait for each other, so there
-    is one where programs would be too few: of 512 tokens 8.5 us instead of 9.6.
-
-    Args:
-        dtype: Dtype of keys and queries.
-        gpu: The GPU.
-        BK: Key size, padded.
-        H: Key heads.
-        HV: Value heads.
-        places: Chunks.
-    """
-    if dtype == torch.float32:
-        return PrepareChoice(8, False, min(BK, 32), 1, 1)
-    # Elsewhere a thread would spill, on sm_80 64 times in the loop over heads.
-    has_room = not gpu.arch.startswith(("sm_8", "gfx"))
-    heads = HV // H if has_room and not gpu.is_tight else 1
-    while HV // H % heads or (heads > 1 and places * HV < heads * 2 * gpu.multiprocessors):
-        heads -= 1
-    KB = min(BK, 64)
-    # A stage more than are read: all reads are then before the first product. Of four, three are.
-    stages = min(BK // KB, 3) + 1
-    num_warps = PREPARE_WARPS.get(gpu.arch, 4) if heads > 1 else 4
-    return PrepareChoice(num_warps, has_room, KB, stages, heads)
-
-
 _gpu_at = functools.cache(gpu_at)
-
-
-# Of float32 products: of the inverse, and with float32 inputs of all others.
-PRECISION = "ieee"
-_DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-def rows_of_decays(use_qk_l2norm: bool, is_scaled: bool) -> int:
-    """Rows of ``G`` of ``prepare_kernel``."""
-    return 3 if use_qk_l2norm else 1 + is_scaled
-
-
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    HV: int,
-    g: Tensor | None,
-    beta: Tensor | None,
-    cu_seqlens: Tensor | None,
-    use_qk_l2norm: bool,
-    tiles: Tiles,
-    is_scaled: bool = True,
-    starts_next: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``G``, ``inverse`` and with ``is_scaled`` ``weights`` of ``prepare_kernel``."""
-    B, T, H, K = k.shape
-    wide = torch.float64 if k.dtype == torch.float32 else torch.float32
-    places = cdiv(T, tiles.BT)
-    places = B * places if cu_seqlens is None else places + cu_seqlens.shape[0] - 1
-    rows = rows_of_decays(use_qk_l2norm, is_scaled)
-    G = torch.empty((places, HV, rows, tiles.BT), dtype=wide, device=k.device)
-    inverse = torch.empty((B, T, HV, tiles.BT), dtype=k.dtype, device=k.device)
-    weights = torch.empty_like(inverse) if is_scaled else None
-    choice = prepare_choice(k.dtype, _gpu_at(k.device.index), tiles.BK, H, HV, places)
-    launch(
-        prepare_kernel,
-        places * (HV // choice.HEADS),
-        (
-            q,
-            k,
-            g,
-            beta,
-            cu_seqlens,
-            G,
-            weights,
-            inverse,
-        ),
-        (
-            *q.stride(),
-            *k.stride(),
-            *strides(g, 3),
-            *strides(beta, 3),
-            *strides(cu_seqlens, 1),
-            *inverse.stride(),
-            T,
-        ),
-        H=H,
-        HV=HV,
-        K=K,
-        HAS_G=g is not None,
-        HAS_BETA=beta is not None,
-        IS_VARLEN=cu_seqlens is not None,
-        USE_QK_L2NORM=use_qk_l2norm,
-        IS_SCALED=is_scaled,
-        DOT=_DOT[k.dtype],
-        PRECISION=PRECISION,
-        BT=tiles.BT,
-        BK=tiles.BK,
-        BN=PREPARE_BN,
-        KB=choice.KB,
-        STAGES=choice.STAGES,
-        HEADS=choice.HEADS,
-        NORMS_BY_PRODUCT=choice.NORMS_BY_PRODUCT,
-        STARTS_NEXT=starts_next,
-        num_warps=choice.num_warps,
-        num_stages=1,
-    )
-    return G, inverse, weights
 
 
 def _launch(
@@ -252,23 +125,26 @@ def _launch(
             null_index=null_index,
         )
     tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
-    G, inverse, weights = prepare(
-        q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles, starts_next=serves(K, V, gpu)
+    chunks = B * cdiv(T, tiles.BT)
+    split = choose(N - is_packed, chunks, HV, V, tiles.BK, tiles.BV, q.dtype, gpu)
+    G, inverse, weights, kept = prepare(
+        *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles.BT, tiles.BK, gpu),
+        has_kept=split != WHOLE,
+        starts_next=serves(K, V, gpu),
     )
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     is_late = use_descriptors and stores_late(tiles, gpu) and fits_descriptor(o)
     constants = {
         "USE_QK_L2NORM": use_qk_l2norm,
         "USE_DESCRIPTORS": use_descriptors,
-        "DOT": _DOT[q.dtype],
+        "DOT": DOT[q.dtype],
         "PRECISION": PRECISION,
     }
     walked, segment_states = N, None
-    chunks = B * cdiv(T, tiles.BT)
-    split = choose(N - is_packed, chunks, HV, V, tiles.BK, tiles.BV, q.dtype, gpu)
-    if split != WHOLE:
+    if kept is not None:
         segment_states = enter_segments(
-            *(k, v, inverse, G, state, state_indices, has_initial_state, cu_seqlens, read_indices),
+            *(k, v, inverse, G, kept, state),
+            *(state_indices, has_initial_state, cu_seqlens, read_indices),
             null_index=null_index,
             split=split,
             tiles=tiles,

@@ -22,6 +22,7 @@ from .chunk_backward_hopper import launch_gradients, pick_walks, serves_backward
 from .chunk_backward_places import PLACE_BN
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
+from .chunk_prepared import DOT, PRECISION, prepare
 from .configs import TRITON, Gpu
 from .launch import OPTIONS, fits_descriptor, strides
 from .plan import new_scratch
@@ -132,10 +133,8 @@ def chunk_backward(
     gpu = chunk._gpu_at(q.device.index)
     tiles = pick_backward(K, V, q.dtype, gpu, cu_seqlens is not None)
     BT = tiles.BT
-    G, inverse, _ = chunk.prepare(
-        *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm),
-        chunk.Tiles(BT, tiles.BK, tiles.BV_SCAN, tiles.warps_scan, tiles.stages_scan),
-        is_scaled=False,
+    G, inverse, *_ = prepare(
+        *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, BT, tiles.BK, gpu), is_scaled=False
     )
     places = triton.cdiv(T, BT)
     places = B * places if cu_seqlens is None else places + N
@@ -158,8 +157,8 @@ def chunk_backward(
         "HAS_BETA": beta is not None,
         "IS_VARLEN": cu_seqlens is not None,
         "USE_QK_L2NORM": use_qk_l2norm,
-        "DOT": chunk._DOT[q.dtype],
-        "PRECISION": chunk.PRECISION,
+        "DOT": DOT[q.dtype],
+        "PRECISION": PRECISION,
         "BT": BT,
         "BK": tiles.BK,
         **OPTIONS,

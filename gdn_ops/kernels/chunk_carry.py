@@ -8,6 +8,10 @@ output, rows of ``M`` beside rows of ``C``:
     x  = v^T - exp(G) (S k^T)                    of M without v^T
     S' = exp(G_last) S + (x inverse^T) k
 
+Where the chunks at the end of a segment keep no more than ``2 ** FORGOTTEN`` of a state, what was
+before them is nothing: ``M`` is zero, and the walk of ``C`` begins with them. ``LOOK`` are looked
+at.
+
 Segments have a length in chunks, the same for all (``segment_chunks``), and places: in a batch
 ``cdiv(T, BT)`` over that length for a sequence; of packed sequences number n has the places from
 ``cu_seqlens[n]`` over the tokens of a segment, plus n, on, as chunks have in chunk_prepare.py.
@@ -33,6 +37,7 @@ AXES = {
     "v": "bthv",
     "inverse": "bthj",
     "decays": "chrt",
+    "kept": "ch",
     "cu_seqlens": "n",
     "carry": "bshrk",
 }
@@ -53,11 +58,21 @@ def find_segment(i_s, T, chunks, BT: tl.constexpr):
 
 
 @triton.jit
+def find_forgotten(p_kept, chunks, HV: tl.constexpr, FORGOTTEN: tl.constexpr, LOOK: tl.constexpr):
+    """The last of ``chunks`` that nothing is kept of the state before, among LOOK; or 0."""
+    i_c = chunks - LOOK + tl.arange(0, LOOK)
+    b_kept = tl.load(p_kept + i_c * HV, i_c >= 0, 0.0)
+    b_kept = tl.cumsum(b_kept, 0, reverse=True)
+    return tl.max(tl.where((i_c >= 0) & (b_kept < FORGOTTEN), i_c, 0), 0)
+
+
+@triton.jit
 def carry_kernel(
     k,
     v,
     inverse,
     decays,
+    kept,
     cu_seqlens,
     carry,
     stride_k_b,
@@ -87,10 +102,12 @@ def carry_kernel(
     PRECISION: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LEAST: tl.constexpr,
+    FORGOTTEN: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BN: tl.constexpr,
+    LOOK: tl.constexpr,
 ):
     """A tile of rows of one segment and value head; the grid is ``places * HV * NR``."""
     tl.static_assert(BK >= K)
@@ -117,16 +134,22 @@ def carry_kernel(
     i_skip = i_segment * (chunks * BT)
     # The last segment, and places left over, hand nothing on.
     if i_skip + chunks * BT < length:
-        length = chunks * BT
-        i_first += i_skip
         i_place += i_segment * chunks
+        is_value = i_r < NV
+        i_chunk = find_forgotten(kept + i_place * HV + i_hv, chunks, HV, FORGOTTEN, LOOK)
+        is_forgotten = i_chunk > 0
+        # Nothing is left of the identity.
+        i_chunk = tl.where(is_forgotten & ~is_value, chunks, i_chunk)
+        i_first += i_skip + i_chunk * BT
+        i_place += i_chunk
+        length = (chunks - i_chunk) * BT
 
         o_i = tl.arange(0, BT)
         o_k = tl.arange(0, BK)
-        is_value = i_r < NV
         o_v = i_r * BV + tl.arange(0, BV)
         o_r = o_v - NV * BV
-        b_S = tl.where((o_r[:, None] == o_k[None, :]) & (o_r < K)[:, None], 1.0, 0.0)
+        m_one = (o_r[:, None] == o_k[None, :]) & (o_r < K)[:, None] & ~is_forgotten
+        b_S = tl.where(m_one, 1.0, 0.0)
 
         p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
         p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h

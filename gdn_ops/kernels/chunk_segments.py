@@ -23,6 +23,9 @@ SCAN, CARRY, CARRY_ALONE, CHAIN, START = 1.27, 1.4, 1.0, 2.55, 9.0
 LEAST = 12
 # Bounds that are read at once.
 BN = 128
+# log2 of what is kept of a state that counts as nothing: float32 has 24 digits, and 126 powers of 2
+# below 1. Chunks before the end of a segment in which it is looked for.
+FORGOTTEN, LOOK = -64.0, 128
 
 
 class Split(NamedTuple):
@@ -108,6 +111,7 @@ def enter_segments(
     v: Tensor,
     inverse: Tensor,
     decays: Tensor,
+    kept: Tensor,
     state: Tensor | None,
     state_indices: Tensor | None,
     has_initial_state: Tensor | None,
@@ -141,10 +145,12 @@ def enter_segments(
     launch(
         carry_kernel,
         B * places * HV * (cdiv(V, carry_tile.BV) + cdiv(K, carry_tile.BV)),
-        (k, v, inverse, decays, cu_seqlens, carry),
+        (k, v, inverse, decays, kept, cu_seqlens, carry),
         (*k.stride(), *v.stride(), *strides(cu_seqlens, 1), *carry.stride(), T, B),
         H=H,
+        FORGOTTEN=FORGOTTEN,
         BN=BN,
+        LOOK=LOOK,
         **carry_tile._asdict(),
         **sizes,
         **constants,

@@ -88,7 +88,9 @@ def test_packed_sequences_equal_the_loop(lengths, use_qk_l2norm, kernels_of_a_de
 
 
 def test_more_sequences_than_are_searched_at_once_equal_the_loop(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "PREPARE_BN", 4)
+    from gdn_ops.kernels import chunk_prepared
+
+    monkeypatch.setattr(chunk_prepared, "PREPARE_BN", 4)
     lengths = (1, 0, 2, 3, 0, 0, 4, 1, 17, 0, 2)
     tokens = make_inputs(1, sum(lengths) + 2, 1, 1, K, V)
     call = (*tokens, make_state(len(lengths), 1, V, K), cu_seqlens(lengths, torch.int64))

@@ -15,7 +15,7 @@ from tolerance import (
 )
 
 import gdn_ops
-from gdn_ops.kernels import chunk, configs
+from gdn_ops.kernels import chunk_prepared, configs
 from lowering.fake_gpu import generate
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -63,10 +63,9 @@ def test_gates_that_a_prefill_computes_itself_are_those_of_the_plain_loop(
     heads, lengths, monkeypatch
 ):
     """From views of one projection, of which nothing is read past a sequence's end."""
-    choose = chunk.prepare_choice
-    monkeypatch.setattr(
-        chunk, "prepare_choice", lambda *args: choose(*args[:-1], 1 if heads == 1 else 10**6)
-    )
+    choose = chunk_prepared.prepare_choice
+    places = 1 if heads == 1 else 10**6
+    monkeypatch.setattr(chunk_prepared, "prepare_choice", lambda *args: choose(*args[:-1], places))
     tokens = make_inputs(*((2, 67) if lengths is None else (1, 80)), H, HV, K, V, DTYPE)
     projected = torch.randn(*tokens.g.shape[:2], 2 * HV, dtype=DTYPE)
     rate, bias = torch.rand(2, HV)

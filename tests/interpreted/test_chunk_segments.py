@@ -62,6 +62,55 @@ def test_segments_without_an_initial_state_begin_with_none(kernels):
     assert_equals_oracle(kernels, (make_memories(2, 130), {"scale": 0.3}))
 
 
+@pytest.mark.parametrize("use_qk_l2norm", [False, True], ids=["", "l2norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_segments_that_forget_equal_the_loop(
+    dtype, use_qk_l2norm, kernels_of_a_device, monkeypatch
+):
+    """Each head in another chunk, the last one never."""
+    split_into(2, 1, kernels_of_a_device, monkeypatch)
+    tokens = make_memories(2, 600, dtype)
+    tokens = tokens._replace(g=tokens.g - torch.tensor([0.5, 0.0]))
+    call = (*tokens, make_state(2, HV, V, K))
+    assert_equals_oracle(kernels_of_a_device, (call, {"use_qk_l2norm": use_qk_l2norm}))
+
+
+def test_what_a_segment_forgets_it_does_not_read(kernels, monkeypatch):
+    split_into(2, 1, kernels, monkeypatch)
+    tokens = make_memories(1, 640)
+    tokens = tokens._replace(g=tokens.g - torch.tensor([0.5, 0.0]))
+    tokens.v[:, 3] = torch.nan
+    o, final = kernels.chunk(*tokens)
+    assert o[:, 320:, 0].isfinite().all()
+    assert o[:, 320:, 1].isnan().all()
+    assert final[:, 0].isfinite().all()
+    assert final[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("use_qk_l2norm", [False, True], ids=["keys", "l2norm"])
+def test_a_memory_that_tokens_amplify_is_not_forgotten(use_qk_l2norm, kernels, monkeypatch):
+    """Gates alone would leave 2**-180 of it: 1 - beta |k|^2 is -1.5 for the keys of all tokens."""
+    split_into(2, 1, kernels, monkeypatch)
+    tokens = make_memories(1, 600)
+    tokens.k[:] = torch.nn.functional.normalize(tokens.k[:, :1], dim=-1)
+    tokens.v[:, 300:] = 0
+    tokens = tokens._replace(g=torch.full_like(tokens.g, -0.42), beta=tokens.beta * 0 + 2.5)
+    if not use_qk_l2norm:
+        tokens = tokens._replace(k=tokens.k * 2.5**0.5, beta=None)
+    assert_equals_oracle(kernels, ((*tokens,), {"use_qk_l2norm": use_qk_l2norm}))
+
+
+def test_more_chunks_than_are_looked_at_may_forget(kernels, monkeypatch):
+    from gdn_ops.kernels import chunk_segments
+
+    monkeypatch.setattr(chunk_segments, "LOOK", 4)
+    split_into(2, 1, kernels, monkeypatch)
+    tokens = make_memories(1, 600)
+    for rate in (0.3, 1.0):
+        call = (*tokens._replace(g=tokens.g - rate), make_state(1, HV, V, K))
+        assert_equals_oracle(kernels, (call, {}))
+
+
 @pytest.mark.parametrize(("K", "V"), [(100, 72), (16, 8), (128, 40)])
 def test_keys_and_values_of_every_size_equal_the_loop(K, V, kernels_of_a_device):
     tokens = make_memories(1, 150, torch.float16, V, K)

@@ -1,0 +1,145 @@
+"""Launching ``prepare_kernel`` (chunk_prepare.py), parallel over chunks."""
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .chunk_prepare import prepare_kernel
+from .configs import PREPARE_WARPS, Gpu, cdiv
+from .launch import launch, strides
+
+# Bounds that ``prepare_kernel`` reads at once.
+PREPARE_BN = 128
+
+
+class PrepareChoice(NamedTuple):
+    """How ``prepare_kernel`` is launched."""
+
+    num_warps: int
+    NORMS_BY_PRODUCT: bool
+    KB: int
+    STAGES: int
+    HEADS: int
+
+
+def prepare_choice(
+    dtype: torch.dtype, gpu: Gpu, BK: int, H: int, HV: int, places: int
+) -> PrepareChoice:
+    """Warps, tiles and heads of a program of ``prepare_kernel``.
+
+    Four warps have 16 rows each, so that all merges of the inverse but two stay inside a warp.
+    Squares by warp groups save 400 of 2800 instructions and 34 spills; before warp groups, on
+    sm_80, they would spill (cross-compiled, 2026-11-24).
+
+    The heads of a key head in one program take 88 us for 8192 tokens of 16 heads, with the norms
+    inside 94; one a program 104 and 116 (H200, 2026-11-25). But they wait for each other, so there
+    is one where programs would be too few: of 512 tokens 8.5 us instead of 9.6.
+
+    Args:
+        dtype: Dtype of keys and queries.
+        gpu: The GPU.
+        BK: Key size, padded.
+        H: Key heads.
+        HV: Value heads.
+        places: Chunks.
+    """
+    if dtype == torch.float32:
+        return PrepareChoice(8, False, min(BK, 32), 1, 1)
+    # Elsewhere a thread would spill, on sm_80 64 times in the loop over heads.
+    has_room = not gpu.arch.startswith(("sm_8", "gfx"))
+    heads = HV // H if has_room and not gpu.is_tight else 1
+    while HV // H % heads or (heads > 1 and places * HV < heads * 2 * gpu.multiprocessors):
+        heads -= 1
+    KB = min(BK, 64)
+    # A stage more than are read: all reads are then before the first product. Of four, three are.
+    stages = min(BK // KB, 3) + 1
+    num_warps = PREPARE_WARPS.get(gpu.arch, 4) if heads > 1 else 4
+    return PrepareChoice(num_warps, has_room, KB, stages, heads)
+
+
+# Of float32 products: of the inverse, and with float32 inputs of all others.
+PRECISION = "ieee"
+DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def rows_of_decays(use_qk_l2norm: bool, is_scaled: bool) -> int:
+    """Rows of ``G`` of ``prepare_kernel``."""
+    return 3 if use_qk_l2norm else 1 + is_scaled
+
+
+class Prepared(NamedTuple):
+    """What ``prepare_kernel`` makes; None for what was not asked for."""
+
+    G: Tensor
+    inverse: Tensor
+    weights: Tensor | None
+    kept: Tensor | None
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    HV: int,
+    g: Tensor | None,
+    beta: Tensor | None,
+    cu_seqlens: Tensor | None,
+    use_qk_l2norm: bool,
+    BT: int,
+    BK: int,
+    gpu: Gpu,
+    *,
+    is_scaled: bool = True,
+    has_kept: bool = False,
+    starts_next: bool = False,
+) -> Prepared:
+    """Launch it; ``weights`` with ``is_scaled``, ``kept`` with ``has_kept``."""
+    B, T, H, K = k.shape
+    wide = torch.float64 if k.dtype == torch.float32 else torch.float32
+    places = cdiv(T, BT)
+    places = B * places if cu_seqlens is None else places + cu_seqlens.shape[0] - 1
+    rows = rows_of_decays(use_qk_l2norm, is_scaled)
+    G = torch.empty((places, HV, rows, BT), dtype=wide, device=k.device)
+    inverse = torch.empty((B, T, HV, BT), dtype=k.dtype, device=k.device)
+    weights = torch.empty_like(inverse) if is_scaled else None
+    kept = None
+    if has_kept:
+        kept = torch.empty((places, HV), dtype=torch.float32, device=k.device)
+    choice = prepare_choice(k.dtype, gpu, BK, H, HV, places)
+    launch(
+        prepare_kernel,
+        places * (HV // choice.HEADS),
+        (q, k, g, beta, cu_seqlens, G, kept, weights, inverse),
+        (
+            *q.stride(),
+            *k.stride(),
+            *strides(g, 3),
+            *strides(beta, 3),
+            *strides(cu_seqlens, 1),
+            *inverse.stride(),
+            T,
+        ),
+        H=H,
+        HV=HV,
+        K=K,
+        HAS_G=g is not None,
+        HAS_BETA=beta is not None,
+        IS_VARLEN=cu_seqlens is not None,
+        USE_QK_L2NORM=use_qk_l2norm,
+        IS_SCALED=is_scaled,
+        HAS_KEPT=has_kept,
+        DOT=DOT[k.dtype],
+        PRECISION=PRECISION,
+        BT=BT,
+        BK=BK,
+        BN=PREPARE_BN,
+        KB=choice.KB,
+        STAGES=choice.STAGES,
+        HEADS=choice.HEADS,
+        NORMS_BY_PRODUCT=choice.NORMS_BY_PRODUCT,
+        STARTS_NEXT=starts_next,
+        num_warps=choice.num_warps,
+        num_stages=1,
+    )
+    return Prepared(G, inverse, weights, kept)
