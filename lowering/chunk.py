@@ -96,14 +96,15 @@ def _call(
     generators = timing.of_rows(q, bounds, tensors["state_indices"])
     _add_prepare(tensors, gates, choice, constants, generators)
     constants |= {"USE_DESCRIPTORS": use_descriptors}
-    if split != WHOLE:
+    if split.has_maps:
         tensors["segment_states"] = chunk_segments.enter_segments(
             tensors, split, tiles, gpu, null_index, constants, generators
         )
-        sequences = chunk_segments.places(v, bounds, tiles.BT, split) * B
-        sequences += 0 if bounds is None else 1
         if not in_place:
             tensors["state"] = None  # the scan does not read it
+    if split != WHOLE:
+        sequences = chunk_segments.places(v, bounds, tiles.BT, split) * B
+        sequences += 0 if bounds is None else 1
     mutated = ["state" if in_place else "final_state"]
     shape = [B, T, HV, V]
     # New and contiguous, it fits a descriptor where v does.
@@ -129,12 +130,14 @@ def _call(
         HAS_READ_INDICES=tensors["read_indices"] is not None,
         HAS_INITIAL_STATE=tensors["has_initial_state"] is not None,
         IS_POOL=in_place,
+        HAS_KEPT=False,
+        HAS_SEGMENT_STATES=split.has_maps,
         USE_DESCRIPTOR_STORE=is_late,
         STORES_FIRST=gpu.is_tight,
         INDEX="tl.int32" if _inductor.is_known(B * T * HV * V < 2**31) else "tl.int64",
         BN=BN,
         **constants,
-        **split._asdict(),
+        **split.constants(),
     )
     return own if stored is None else _inductor.as_result(stored)
 
@@ -159,27 +162,22 @@ def _add_prepare(
     rows = chunk_prepared.rows_of_decays(constants["USE_QK_L2NORM"], is_scaled=True)
     weights = _inductor.new_buffer(q, [B, T, HV, tiles.BT], dtype)
     G = _inductor.new_buffer(q, [places, HV, rows, tiles.BT], wide)
-    made = {"G": G, "weights": weights}
-    if choice.split != WHOLE:
-        made["kept"] = _inductor.new_buffer(q, [places, HV], torch.float32)
     inputs = {"q": q, "k": tensors["k"], "g": g, "beta": beta, "cu_seqlens": bounds}
     inverse = PREPARE.call(
-        {**inputs, **made},
+        {**inputs, "G": G, "weights": weights},
         _inductor.contiguous_layout(q, [B, T, HV, tiles.BT], dtype),
         [prepare_config(dtype, gpu, tiles.BT, tiles.BK, H, HV, places)],
-        mutated=list(made),
+        mutated=["G", "weights"],
         computed=gates,
         call_sizes=[places, HV],
         generators=generators,
         HAS_G=g is not None or "g" in gates,
         HAS_BETA=beta is not None or "beta" in gates,
         IS_SCALED=True,
-        HAS_KEPT="kept" in made,
         STARTS_NEXT=False,
         **constants,
     )
     tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}
-    tensors["kept"] = made.get("kept")
 
 
 def prepare_config(

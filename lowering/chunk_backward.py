@@ -174,7 +174,6 @@ class _Call:
             call_sizes=[self.places, self.HV],
             HAS_G=self.inputs["g"] is not None,
             IS_SCALED=False,
-            HAS_KEPT=False,
             STARTS_NEXT=False,
             **self.flags,
         )

@@ -66,11 +66,12 @@ def expected(v: IRNode, cu_seqlens: IRNode | None) -> tuple[int, int, int]:
 
 
 def choose(v: IRNode, cu_seqlens: IRNode | None, tiles: Tiles, gpu: Gpu) -> Split:
-    """How to split the sequences of a call."""
+    """How to split the sequences of a call; templates have no other way than by maps."""
     rows, sequences, tokens = expected(v, cu_seqlens)
     HV, V = (_inductor.static_int(size) for size in v.get_size()[2:])
     chunks = rows * cdiv(tokens, tiles.BT)
-    return chunk_segments.choose(sequences, chunks, HV, V, tiles.BK, tiles.BV, v.get_dtype(), gpu)
+    sizes = (sequences, chunks, HV, V, tiles.BK, tiles.BV)
+    return chunk_segments.choose(*sizes, v.get_dtype(), gpu, needs_maps=True)
 
 
 def places(v: IRNode, cu_seqlens: IRNode | None, BT: int, split: Split) -> Any:
@@ -108,18 +109,19 @@ def enter_segments(
     B, _, HV, V = v.get_size()
     HV, V, K = (_inductor.static_int(size) for size in (HV, V, k.get_size()[3]))
     count = places(v, bounds, tiles.BT, split)
-    shared = {"HV": HV, "K": K, "V": V, "IS_VARLEN": bounds is not None, **split._asdict()}
+    shared: dict[str, Any] = {"HV": HV, "K": K, "V": V, "IS_VARLEN": bounds is not None}
+    # Gates may be computed in prepare alone, so no template looks at what is forgotten.
+    shared["HAS_KEPT"] = False
     carry = CARRY.call(
-        {name: tensors[name] for name in chunk_carry.AXES if name != CARRY.output},
+        {name: tensors.get(name) for name in chunk_carry.AXES if name != CARRY.output},
         _inductor.contiguous_layout(v, [B, count, HV, V + K, K], torch.float32),
         [_config(chunk_segments.carry_tiles(tiles.BV, gpu), tiles)],
         call_sizes=[B * count, HV, K, V],
         generators=generators,
-        FORGOTTEN=chunk_segments.FORGOTTEN,
         BN=chunk_segments.BN,
-        LOOK=chunk_segments.LOOK,
         **{name: constants[name] for name in ("H", "USE_QK_L2NORM", "USE_DESCRIPTORS")},
         **{name: constants[name] for name in ("DOT", "PRECISION")},
+        **split.constants(),
         **shared,
     )
     inputs = {name: tensors.get(name) for name in chunk_chain.AXES if name != CHAIN.output}
@@ -135,6 +137,8 @@ def enter_segments(
         HAS_READ_INDICES=tensors["read_indices"] is not None,
         HAS_INITIAL_STATE=tensors["has_initial_state"] is not None,
         PRECISION=repr(chunk_segments.chain_precision(gpu)),
+        BN=chunk_segments.BN,
+        **split.constants(),
         **shared,
     )
     return _inductor.realize(entered)

@@ -198,6 +198,7 @@ class Language:
     inline_asm_elementwise = staticmethod(lambda _asm, _constraints, args, *_: args[0])
     arange = staticmethod(lambda start, end, layout: torch.arange(start, end))
     sum = staticmethod(lambda x, axis: x.sum(axis))
+    max = staticmethod(lambda x, axis: x.amax(axis))
     cdiv = staticmethod(lambda a, b: -(-a // b))
     convert_layout = staticmethod(lambda x, _layout: x)
     SliceLayout = NVMMADistributedLayout = DotOperandLayout = staticmethod(lambda *_: None)

@@ -245,7 +245,7 @@ def test_segments_of_a_batch_agree_with_whole_sequences(T, form, is_pool, monkey
         return chunk.chunk_(*args[:5], pool, slots, **options), pool
 
     whole = prefilled_by(0, call)
-    monkeypatch.setattr(chunk, "choose", lambda *_: Split(6, 1))
+    monkeypatch.setattr(chunk, "choose", lambda *_, **__: Split(6, 1))
     assert_close(prefilled_by(form, call), whole)
     assert_close(prefilled_by(0, call), whole)
 
@@ -256,7 +256,7 @@ def test_segments_of_packed_sequences_are_scanned_by_the_plain_kernel(monkeypatc
 
     args, options = make_packed()
     whole = chunk.chunk(*args, **options)
-    monkeypatch.setattr(chunk, "choose", lambda *_: Split(4, 1))
+    monkeypatch.setattr(chunk, "choose", lambda *_, **__: Split(4, 1))
     pick = mock.Mock(side_effect=chunk_hopper.pick_scan)
     monkeypatch.setattr(chunk, "pick_scan", pick)
     assert_close(chunk.chunk(*args, **options), whole)

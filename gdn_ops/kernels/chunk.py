@@ -16,7 +16,7 @@ from torch import Tensor
 from .chunk_fused import is_faster, launch_fused
 from .chunk_hopper import pick_scan, serves
 from .chunk_prepared import DOT, PRECISION, prepare
-from .chunk_segments import BN, WHOLE, choose, enter_segments
+from .chunk_segments import BN, WHOLE, bound_kept, choose, enter_segments
 from .configs import SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
 from .launch import fits_descriptor, launch, strides
 from .plan import new_scratch
@@ -126,10 +126,15 @@ def _launch(
         )
     tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
     chunks = B * cdiv(T, tiles.BT)
-    split = choose(N - is_packed, chunks, HV, V, tiles.BK, tiles.BV, q.dtype, gpu)
-    G, inverse, weights, kept = prepare(
+    split = choose(
+        *(N - is_packed, chunks, HV, V, tiles.BK, tiles.BV, q.dtype, gpu),
+        needs_maps=is_pool or is_packed,
+    )
+    kept = None
+    if split != WHOLE:
+        kept = bound_kept(k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles.BT, split)
+    G, inverse, weights = prepare(
         *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles.BT, tiles.BK, gpu),
-        has_kept=split != WHOLE,
         starts_next=serves(K, V, gpu),
     )
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -140,8 +145,8 @@ def _launch(
         "DOT": DOT[q.dtype],
         "PRECISION": PRECISION,
     }
-    walked, segment_states = N, None
-    if kept is not None:
+    segment_states = None
+    if kept is not None and split.has_maps:
         segment_states = enter_segments(
             *(k, v, inverse, G, kept, state),
             *(state_indices, has_initial_state, cu_seqlens, read_indices),
@@ -151,7 +156,9 @@ def _launch(
             constants=constants,
             gpu=gpu,
         )
-        walked = B * segment_states.shape[1] + is_packed
+    walked = N
+    if split != WHOLE:
+        walked = B * split.places(T, B, tiles.BT, N - 1 if is_packed else None) + is_packed
     is_split = is_packed and split != WHOLE
     scan, tiles, options = pick_scan(tiles, K, V, walked * HV, gpu, is_late, is_split)
     launch(
@@ -164,6 +171,7 @@ def _launch(
             inverse,
             weights,
             G,
+            None if is_packed else kept,
             state,
             segment_states,
             final_state,
@@ -185,7 +193,7 @@ def _launch(
             *strides(read_indices, 1),
             *o.stride(),
             T,
-            None if segment_states is None else B,
+            None if split == WHOLE else B,
         ),
         scale=scale,
         null_index=null_index,
@@ -199,6 +207,8 @@ def _launch(
         HAS_INITIAL_STATE=has_initial_state is not None,
         IS_POOL=is_pool,
         IS_VARLEN=is_packed,
+        HAS_KEPT=kept is not None and not is_packed,
+        HAS_SEGMENT_STATES=split.has_maps,
         USE_DESCRIPTOR_STORE=is_late,
         STORES_FIRST=gpu.is_tight,
         INDEX=tl.int32 if o.numel() < 2**31 else tl.int64,
@@ -207,7 +217,7 @@ def _launch(
         BV=tiles.BV,
         BN=BN,
         **constants,
-        **split._asdict(),
+        **split.constants(),
         **options,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

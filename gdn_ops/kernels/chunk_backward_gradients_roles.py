@@ -15,7 +15,7 @@ from .chunk_backward_gradients_products import (
     TILE,
     place_of_tile,
 )
-from .chunk_scan_walk import group_barrier, tile_layout
+from .chunk_scan_walk import group_barrier, plus, tile_layout
 
 # A tile of tokens as descriptors of four dimensions have it.
 BOX, TILE_4 = gl.constexpr([1, 64, 1, 128]), gl.constexpr(tile_layout(4))
@@ -24,11 +24,6 @@ VL = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 VR, VC = (gl.constexpr(gl.SliceLayout(n, VL)) for n in (1, 0))
 # Rows of a tile in a warp, as many as its registers hold.
 PART, PL = gl.constexpr(16), gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
-
-
-@gluon.jit
-def plus(a, b):
-    return a + b
 
 
 @gluon.jit

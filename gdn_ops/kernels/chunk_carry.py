@@ -8,13 +8,8 @@ output, rows of ``M`` beside rows of ``C``:
     x  = v^T - exp(G) (S k^T)                    of M without v^T
     S' = exp(G_last) S + (x inverse^T) k
 
-Where the chunks at the end of a segment keep no more than ``2 ** FORGOTTEN`` of a state, what was
-before them is nothing: ``M`` is zero, and the walk of ``C`` begins with them. ``LOOK`` are looked
-at.
-
-Segments have a length in chunks, the same for all (``segment_chunks``), and places: in a batch
-``cdiv(T, BT)`` over that length for a sequence; of packed sequences number n has the places from
-``cu_seqlens[n]`` over the tokens of a segment, plus n, on, as chunks have in chunk_prepare.py.
+Where a segment forgets (chunk_forget.py), ``M`` is zero, and the walk of ``C`` begins with the
+chunks that it is made of. Where all do, in a batch, nothing is written: the scan needs none.
 
 Tensors, beside those of the glossary and of chunk_scan.py:
 
@@ -23,12 +18,13 @@ Tensors, beside those of the glossary and of chunk_scan.py:
                                   nobody reads, stays unwritten. The main output
 
 Tiles and flags as in chunk_scan.py; ``SEGMENTS`` that all chunks of a call are split into, about,
-and ``LEAST`` chunks of one.
+``LEAST`` chunks of one, and ``FORGOTTEN`` and ``LOOK`` of chunk_forget.py.
 """
 
 import triton
 import triton.language as tl
 
+from .chunk_forget import all_forget, find_forgotten, find_segment, segment_chunks
 from .chunk_prepare import find_chunk, load_bounds
 from .output import store_output
 
@@ -42,28 +38,6 @@ AXES = {
     "carry": "bshrk",
 }
 SIZES = {"T": "k_t", "B": "k_b"}
-
-
-@triton.jit
-def segment_chunks(T, B, BT: tl.constexpr, SEGMENTS: tl.constexpr, LEAST: tl.constexpr):
-    """Chunks of a segment."""
-    return tl.maximum(tl.cdiv(tl.cdiv(T, BT) * B, SEGMENTS), LEAST)
-
-
-@triton.jit
-def find_segment(i_s, T, chunks, BT: tl.constexpr):
-    """The row of a batch that place ``i_s`` is in, and its segment there."""
-    segments = tl.cdiv(tl.cdiv(T, BT), chunks)
-    return i_s // segments, i_s % segments
-
-
-@triton.jit
-def find_forgotten(p_kept, chunks, HV: tl.constexpr, FORGOTTEN: tl.constexpr, LOOK: tl.constexpr):
-    """The last of ``chunks`` that nothing is kept of the state before, among LOOK; or 0."""
-    i_c = chunks - LOOK + tl.arange(0, LOOK)
-    b_kept = tl.load(p_kept + i_c * HV, i_c >= 0, 0.0)
-    b_kept = tl.cumsum(b_kept, 0, reverse=True)
-    return tl.max(tl.where((i_c >= 0) & (b_kept < FORGOTTEN), i_c, 0), 0)
 
 
 @triton.jit
@@ -96,6 +70,7 @@ def carry_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     DOT: tl.constexpr,
@@ -103,11 +78,11 @@ def carry_kernel(
     SEGMENTS: tl.constexpr,
     LEAST: tl.constexpr,
     FORGOTTEN: tl.constexpr,
+    LOOK: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BN: tl.constexpr,
-    LOOK: tl.constexpr,
 ):
     """A tile of rows of one segment and value head; the grid is ``places * HV * NR``."""
     tl.static_assert(BK >= K)
@@ -128,28 +103,35 @@ def carry_kernel(
     else:
         i_n, i_segment = find_segment(i_s, T, chunks, BT)
         length = T
+        if HAS_KEPT:
+            are_early = all_forget(kept, T, B, chunks, HV, BT, FORGOTTEN, LOOK, BN)
+            length = tl.where(are_early, 0, T)
         i_b = i_n.to(tl.int64)
         i_first = i_b * 0
         i_place = i_b * tl.cdiv(T, BT)
     i_skip = i_segment * (chunks * BT)
     # The last segment, and places left over, hand nothing on.
     if i_skip + chunks * BT < length:
+        length = chunks * BT
+        i_first += i_skip
         i_place += i_segment * chunks
         is_value = i_r < NV
-        i_chunk = find_forgotten(kept + i_place * HV + i_hv, chunks, HV, FORGOTTEN, LOOK)
-        is_forgotten = i_chunk > 0
-        # Nothing is left of the identity.
-        i_chunk = tl.where(is_forgotten & ~is_value, chunks, i_chunk)
-        i_first += i_skip + i_chunk * BT
-        i_place += i_chunk
-        length = (chunks - i_chunk) * BT
+        if HAS_KEPT:
+            i_chunk = find_forgotten(kept + i_place * HV + i_hv, chunks, HV, FORGOTTEN, LOOK)
+            is_forgotten = i_chunk > 0
+            # Of the identity nothing is left.
+            i_chunk = tl.where(is_forgotten & ~is_value, chunks, i_chunk)
+            length -= i_chunk * BT
+            i_first += i_chunk * BT
+            i_place += i_chunk
 
         o_i = tl.arange(0, BT)
         o_k = tl.arange(0, BK)
         o_v = i_r * BV + tl.arange(0, BV)
         o_r = o_v - NV * BV
-        m_one = (o_r[:, None] == o_k[None, :]) & (o_r < K)[:, None] & ~is_forgotten
-        b_S = tl.where(m_one, 1.0, 0.0)
+        b_S = tl.where((o_r[:, None] == o_k[None, :]) & (o_r < K)[:, None], 1.0, 0.0)
+        if HAS_KEPT:
+            b_S = tl.where(is_forgotten, 0.0, b_S)
 
         p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
         p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h

@@ -9,19 +9,22 @@ Tensors, beside those of the glossary, of chunk_scan.py and of chunk_carry.py:
     inverse         not read: its size is the number of tokens
     segment_states  [B, S, HV, V, K]  float32, contiguous: the state that enters segment S of a
                                       sequence, or that of place S where sequences are packed;
-                                      places left over stay unwritten. The main output
+                                      places left over stay unwritten, and where all segments
+                                      of a batch forget (chunk_forget.py) all but the first of a
+                                      sequence. The main output
 """
 
 import triton
 import triton.language as tl
 
-from .chunk_carry import segment_chunks
+from .chunk_forget import all_forget, segment_chunks
 from .chunk_prepare import load_bounds
 from .output import store_output
 
 AXES = {
     "carry": "bshrk",
     "inverse": "bthj",
+    "kept": "ch",
     "state": "nhvk",
     "state_indices": "n",
     "has_initial_state": "n",
@@ -36,6 +39,7 @@ SIZES = {"T": "inverse_t", "B": "carry_b"}
 def chain_kernel(
     carry,
     inverse,
+    kept,
     state,
     state_indices,
     has_initial_state,
@@ -71,12 +75,16 @@ def chain_kernel(
     HAS_READ_INDICES: tl.constexpr,
     HAS_INITIAL_STATE: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LEAST: tl.constexpr,
+    FORGOTTEN: tl.constexpr,
+    LOOK: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BN: tl.constexpr,
 ):
     """One sequence, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``."""
     tl.static_assert(BK >= K)
@@ -84,10 +92,14 @@ def chain_kernel(
     i_v = tl.program_id(0) % NV
     i_hv = tl.program_id(0) // NV % HV
     i_n = tl.program_id(0) // (NV * HV)
-    tokens = segment_chunks(T, B, BT, SEGMENTS, LEAST) * BT
+    chunks = segment_chunks(T, B, BT, SEGMENTS, LEAST)
+    tokens = chunks * BT
     i_b = i_n.to(tl.int64)
     i_s = i_b * 0
     length = T
+    if HAS_KEPT:
+        are_early = all_forget(kept, T, B, chunks, HV, BT, FORGOTTEN, LOOK, BN)
+        length = tl.where(are_early, 0, T)
     if IS_VARLEN:
         N = tl.num_programs(0) // (NV * HV)
         i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)

@@ -34,17 +34,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .chunk_fused_inverse import BT, CUBE, NARROW, ROW, SLOTS, STAGES, TILE, invert
 from .chunk_fused_walk import walk_high, walk_low
 from .chunk_scan_hopper import load_bounds_of_sequence
-from .chunk_scan_walk import group_barrier
+from .chunk_scan_walk import group_barrier, plus
 
 # Registers of a thread: of the second walk, of ``invert`` and of ``load``. The first walk has what
 # they leave of 512. With 8 less for a walk a prefill takes 3 to 9 % longer (H200, Triton 3.6,
 # 2026-11-30), with 8 more ``invert`` has too few for its products to be asynchronous.
 REGISTERS = gl.constexpr((200, 88, 24))
-
-
-@gluon.jit
-def plus(a, b):
-    return a + b
 
 
 @gluon.jit

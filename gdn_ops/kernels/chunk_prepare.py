@@ -29,12 +29,6 @@ and else, where ``weights`` is absent,
     G        the natural logarithms: G; with USE_QK_L2NORM then G + log q_scale, G + log k_scale
     inverse  row i of X
 
-and in either case, if it is asked for,
-
-    kept     [places, HV]    float32: no more than 2 ** kept of a state is left after the chunk.
-                             A token maps it by exp(g) (I - beta k k^T), whose norm is
-                             exp(g) max(1, |1 - beta |k|^2|); of these the sum of log2
-
 Rows of tokens past cu_seqlens[-1] belong to no chunk and stay unwritten. ``G`` is float64 where the
 inputs are float32: it reaches hundreds, and exp of a float32 difference of two such sums is off by
 an order of magnitude more than the token loop.
@@ -60,7 +54,6 @@ AXES = {
     "beta": "bth",
     "cu_seqlens": "n",
     "G": "chrt",
-    "kept": "ch",
     "weights": "bthj",
     "inverse": "bthj",
 }
@@ -113,7 +106,6 @@ def prepare_kernel(
     beta,
     cu_seqlens,
     G,
-    kept,
     weights,
     inverse,
     stride_q_b,
@@ -144,7 +136,6 @@ def prepare_kernel(
     IS_VARLEN: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
     IS_SCALED: tl.constexpr,
-    HAS_KEPT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
@@ -222,11 +213,6 @@ def prepare_kernel(
         b_q_scale = inverse_root(b_q_squares)
         b_KK *= b_k_scale[None, :] * b_k_scale[:, None]
         b_QK *= b_k_scale[None, :] * b_q_scale[:, None]
-    if HAS_KEPT:
-        # With the norms a little less than 1, which changes no bound.
-        b_squares = tl.full((BT,), 1.0, tl.float32)
-        if not USE_QK_L2NORM:
-            b_squares = diagonal(b_KK)
     b_KK = tl.where(o_i[:, None] > o_i[None, :], b_KK, 0.0)
     if IS_SCALED:
         b_QK = tl.where(o_i[:, None] >= o_i[None, :], b_QK, 0.0)
@@ -280,13 +266,6 @@ def prepare_kernel(
             if HAS_BETA:
                 b_beta, _ = tl.split(tl.reshape(b_beta_2, (BT, 2)))
                 b_A *= b_beta[:, None]
-            if HAS_KEPT:
-                b_erased = b_squares
-                if HAS_BETA:
-                    b_erased *= b_beta
-                b_grown = tl.log2(tl.maximum(tl.abs(1.0 - b_erased), 1.0))
-                p_kept = kept + i_c.to(tl.int64) * HV + i_hv
-                tl.store(p_kept, b_sum.to(tl.float32) + tl.sum(b_grown, 0))
             if IS_SCALED:
                 b_P = (b_QK * b_D).to(DOT)
             b_X = invert_chunk(b_A, BT, DOT, PRECISION)

@@ -75,7 +75,6 @@ class Prepared(NamedTuple):
     G: Tensor
     inverse: Tensor
     weights: Tensor | None
-    kept: Tensor | None
 
 
 def prepare(
@@ -91,10 +90,9 @@ def prepare(
     gpu: Gpu,
     *,
     is_scaled: bool = True,
-    has_kept: bool = False,
     starts_next: bool = False,
 ) -> Prepared:
-    """Launch it; ``weights`` with ``is_scaled``, ``kept`` with ``has_kept``."""
+    """Launch it; ``weights`` with ``is_scaled``."""
     B, T, H, K = k.shape
     wide = torch.float64 if k.dtype == torch.float32 else torch.float32
     places = cdiv(T, BT)
@@ -103,14 +101,11 @@ def prepare(
     G = torch.empty((places, HV, rows, BT), dtype=wide, device=k.device)
     inverse = torch.empty((B, T, HV, BT), dtype=k.dtype, device=k.device)
     weights = torch.empty_like(inverse) if is_scaled else None
-    kept = None
-    if has_kept:
-        kept = torch.empty((places, HV), dtype=torch.float32, device=k.device)
     choice = prepare_choice(k.dtype, gpu, BK, H, HV, places)
     launch(
         prepare_kernel,
         places * (HV // choice.HEADS),
-        (q, k, g, beta, cu_seqlens, G, kept, weights, inverse),
+        (q, k, g, beta, cu_seqlens, G, weights, inverse),
         (
             *q.stride(),
             *k.stride(),
@@ -128,7 +123,6 @@ def prepare(
         IS_VARLEN=cu_seqlens is not None,
         USE_QK_L2NORM=use_qk_l2norm,
         IS_SCALED=is_scaled,
-        HAS_KEPT=has_kept,
         DOT=DOT[k.dtype],
         PRECISION=PRECISION,
         BT=BT,
@@ -142,4 +136,4 @@ def prepare(
         num_warps=choice.num_warps,
         num_stages=1,
     )
-    return Prepared(G, inverse, weights, kept)
+    return Prepared(G, inverse, weights)

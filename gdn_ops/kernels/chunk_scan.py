@@ -18,14 +18,21 @@ Tensors, beside those of the glossary and of chunk_prepare.py:
     state        read: the initial states, or the pool
     final_state  written: the final states, or with IS_POOL the pool once more
     segment_states  [B, S, HV, V, K]  float32, contiguous, of chunk_chain.py: the state that enters
-                 each segment, where sequences are split; ``state`` is then not read
+                 each segment, where sequences are split; ``state`` is then not read. Absent where
+                 those of a batch are walked whole unless all segments forget (chunk_forget.py);
+                 not with IS_POOL, whose first state the last segment may have replaced
+
+Where all segments of a batch forget, a program begins before its own tokens with those that its
+state is made of, and stores nothing of their output.
 
 Tiles and flags: ``BT`` tokens of a chunk; ``BK >= K``; ``BV`` rows of a state; ``DOT`` the dtype of
 operands; ``PRECISION`` the ``input_precision`` of float32 products; ``INDEX`` the dtype of a
-token's index in ``o``, int64 where its offset may pass 2**31; ``SEGMENTS`` and ``LEAST`` of
-chunk_carry.py, 1 and absent where sequences are whole. With USE_DESCRIPTORS tokens are
-loaded by tensor descriptors, with USE_DESCRIPTOR_STORE the output is stored by one, where nothing
-is fused into its store: both need heads that start and end at multiples of 16 bytes, without gaps.
+token's index in ``o``, int64 where its offset may pass 2**31; ``SEGMENTS``, ``LEAST``,
+``FORGOTTEN`` and ``LOOK`` of chunk_carry.py, 1 and 0 where sequences are whole; BN segments are
+looked at together. With
+USE_DESCRIPTORS tokens are loaded by tensor descriptors, with USE_DESCRIPTOR_STORE the output is
+stored by one, where nothing is fused into its store: both need heads that start and end at
+multiples of 16 bytes, without gaps.
 The output of a chunk is then put together and stored while the next chunk is computed, so that no
 product of the state waits for one of the output: Triton waits for a product where its result is
 used in the same round of a loop. With STORES_FIRST that comes before the decays are loaded, which
@@ -35,7 +42,7 @@ needs fewer registers and takes 5 % more time (1 x 8192 on an H200, Triton 3.6, 
 import triton
 import triton.language as tl
 
-from .chunk_carry import find_segment, segment_chunks
+from .chunk_forget import all_forget, find_forgotten, find_segment, segment_chunks
 from .chunk_prepare import find_chunk, load_bounds
 from .output import store_output
 
@@ -46,6 +53,7 @@ AXES = {
     "inverse": "bthj",
     "weights": "bthj",
     "decays": "chrt",
+    "kept": "ch",
     "state": "nhvk",
     "segment_states": "bshvk",
     "final_state": "nhvk",
@@ -55,7 +63,7 @@ AXES = {
     "read_indices": "n",
     "o": "bthv",
 }
-SIZES = {"T": "q_t", "B": "segment_states_b"}
+SIZES = {"T": "q_t", "B": "q_b"}
 
 
 @triton.jit
@@ -72,6 +80,7 @@ def scan_kernel(
     inverse,
     weights,
     decays,
+    kept,
     state,
     segment_states,
     final_state,
@@ -122,6 +131,8 @@ def scan_kernel(
     HAS_INITIAL_STATE: tl.constexpr,
     IS_POOL: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    HAS_SEGMENT_STATES: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     USE_DESCRIPTOR_STORE: tl.constexpr,
@@ -131,6 +142,8 @@ def scan_kernel(
     PRECISION: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LEAST: tl.constexpr,
+    FORGOTTEN: tl.constexpr,
+    LOOK: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -179,6 +192,35 @@ def scan_kernel(
         if HAS_READ_INDICES:
             i_read = tl.load(read_indices + i_row * stride_read_indices_n).to(tl.int64)
         is_live = is_live & (i_read > null_index) & (i_write > null_index) & (length > 0)
+    i_place = i_b * tl.cdiv(T, BT)
+    if IS_VARLEN:
+        i_place = i_first // BT + i_n
+    is_last = is_live
+    i_own = 0
+    if SEGMENTS > 1:
+        # Places that are left over have no tokens, and are not the last.
+        i_skip = i_segment * (chunks * BT)
+        rest = length - i_skip
+        is_last = is_live & (rest <= chunks * BT) & ((rest > 0) | (i_segment == 0))
+        i_skip = tl.where(rest > 0, i_skip, 0)
+        length = tl.minimum(tl.maximum(rest, 0), chunks * BT)
+        if HAS_KEPT:
+            # Before its own tokens those that its state is made of.
+            is_early = all_forget(kept, T, B, chunks, HV, BT, FORGOTTEN, LOOK, BN)
+            p_kept = kept + i_place * HV + i_hv
+            i_begin = find_forgotten(p_kept, i_skip // BT, HV, FORGOTTEN, LOOK) * BT
+            i_own = tl.where(is_early, i_skip - i_begin, 0)
+            length += i_own
+            i_skip -= i_own
+            is_first = i_skip == 0
+            if not HAS_SEGMENT_STATES:
+                # One program walks all, or each its own.
+                is_whole = (i_segment == 0) & (is_early == 0)
+                is_last = is_live & (is_last & is_early | is_whole)
+                length = tl.where(is_early, length, tl.where(is_whole, T, 0))
+                i_skip = tl.where(is_early, i_skip, 0)
+        i_first += i_skip
+        i_place += i_skip // BT
     # No token of padding is valid.
     valid = tl.where(is_live, length, 0)
 
@@ -187,32 +229,23 @@ def scan_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_state = (o_v < V)[:, None] & (o_k < K)[None, :]
     b_S = tl.zeros((BV, BK), tl.float32)
-    if SEGMENTS > 1:
+    if HAS_SEGMENT_STATES:
+        m_read = is_live
+        if HAS_KEPT:
+            i_s = tl.where(is_early, i_s - i_segment, i_s)
+            m_read &= is_first | (is_early == 0)
         p_state = segment_states + (i_s * HV + i_hv) * (V * K)
         p_state += o_v[:, None] * K + o_k[None, :]
-        b_S = tl.load(p_state, m_state & is_live, 0.0)
+        b_S = tl.load(p_state, m_state & m_read, 0.0)
     elif HAS_STATE:
         m_read = is_live
+        if HAS_KEPT:
+            m_read &= is_first
         if HAS_INITIAL_STATE:
             m_read &= tl.load(has_initial_state + i_row * stride_has_initial_state_n) != 0
         p_state = state + i_read * stride_state_n + i_hv * stride_state_h
         p_state += o_v[:, None] * stride_state_v + o_k[None, :] * stride_state_k
         b_S = tl.load(p_state, m_state & m_read, 0.0).to(tl.float32)
-
-    i_place = i_b * tl.cdiv(T, BT)
-    if IS_VARLEN:
-        i_place = i_first // BT + i_n
-    is_last = is_live
-    if SEGMENTS > 1:
-        # Places that are left over have no tokens, and are not the last.
-        i_skip = i_segment * (chunks * BT)
-        rest = length - i_skip
-        is_last = is_live & (rest <= chunks * BT) & ((rest > 0) | (i_segment == 0))
-        i_skip = tl.where(rest > 0, i_skip, 0)
-        length = tl.minimum(tl.maximum(rest, 0), chunks * BT)
-        valid = tl.where(is_live, length, 0)
-        i_first += i_skip
-        i_place += i_skip // BT
 
     p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
@@ -235,8 +268,8 @@ def scan_kernel(
     if USE_DESCRIPTOR_STORE:
         # Tokens of an empty sequence may begin where no memory is, which no descriptor may name.
         p_o = o + i_b * stride_o_b + i_hv * stride_o_h
-        p_o += tl.where(length > 0, i_first, 0) * stride_o_t
-        d_o = tl.make_tensor_descriptor(p_o, [rows, V], [stride_o_t, 1], [BT, BV])
+        p_o += tl.where(length > 0, i_first + i_own, 0) * stride_o_t
+        d_o = tl.make_tensor_descriptor(p_o, [rows - i_own, V], [stride_o_t, 1], [BT, BV])
 
     if USE_DESCRIPTOR_STORE:
         b_o = tl.zeros((BV, BT), tl.float32)
@@ -266,8 +299,8 @@ def scan_kernel(
         b_Sd = b_S.to(DOT)
         b_x = tl.dot(b_Sd, tl.trans(b_k).to(DOT), input_precision=PRECISION)
         if USE_DESCRIPTOR_STORE:
-            # Before the first chunk nothing is stored: past the end.
-            i_before = tl.where(i_t > 0, i_t - BT, places)
+            # Before the first own chunk nothing is stored: past the end.
+            i_before = tl.where(i_t > i_own, i_t - BT - i_own, places)
             if STORES_FIRST:
                 b_out = late_output(b_o, b_rise, b_p, scale)
                 d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
@@ -311,16 +344,19 @@ def scan_kernel(
         b_S *= b_last.to(tl.float32)
         b_S = tl.dot(b_u.to(DOT), b_k.to(DOT), b_S, input_precision=PRECISION)
         if not USE_DESCRIPTOR_STORE:
+            m_own = o_t < length
+            if HAS_KEPT:
+                m_own &= o_t >= i_own
             store_output(
                 o,
                 (i_b, (i_first.to(INDEX) + o_t)[:, None], i_hv, o_v[None, :]),
                 (stride_o_b, stride_o_t, stride_o_h, stride_o_v),
                 tl.trans(b_o * scale),
-                (o_t < length)[:, None] & (o_v < V)[None, :],
+                m_own[:, None] & (o_v < V)[None, :],
             )
     if USE_DESCRIPTOR_STORE:
         b_out = late_output(b_o, b_rise, b_p, scale)
-        i_before = tl.where(length > 0, places - BT, places)
+        i_before = tl.where(length > 0, places - BT - i_own, places)
         d_o.store([i_before, i_v * BV], b_out.to(o.dtype.element_ty))
 
     p_final = final_state + i_write * stride_final_state_n + i_hv * stride_final_state_h

@@ -36,6 +36,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from .chunk_forget_hopper import all_forget, find_forgotten, find_segment
 from .chunk_prepare import load_bounds
 from .chunk_scan_walk import (
     group_barrier,
@@ -67,7 +68,7 @@ def load_chunks(tiles, bars, sources, read, write, i_v, i_skip, chunks, C: gl.co
     HV: gl.constexpr = C[7]
     s_q, s_k, s_v, s_inverse, s_weights, s_decays, _ = tiles
     q, k, v, o, p_inverse, p_weights, p_decays, places = sources
-    rows = o[2]
+    rows = o[2] + o[3] * BT
     full, free = bars
     BYTES: gl.constexpr = 2 * BT * (2 * 128 + HALVES * 64 + 2 * BT) + ROWS * BT * 4
     TILE: gl.constexpr = tile_layout()
@@ -108,6 +109,7 @@ def scan_hopper_kernel(
     inverse,
     weights,
     decays,
+    kept,
     state,
     segment_states,
     final_state,
@@ -158,6 +160,8 @@ def scan_hopper_kernel(
     HAS_INITIAL_STATE: gl.constexpr,
     IS_POOL: gl.constexpr,
     IS_VARLEN: gl.constexpr,
+    HAS_KEPT: gl.constexpr,
+    HAS_SEGMENT_STATES: gl.constexpr,
     USE_QK_L2NORM: gl.constexpr,
     USE_DESCRIPTORS: gl.constexpr,
     USE_DESCRIPTOR_STORE: gl.constexpr,
@@ -167,6 +171,8 @@ def scan_hopper_kernel(
     PRECISION: gl.constexpr,
     SEGMENTS: gl.constexpr,
     LEAST: gl.constexpr,
+    FORGOTTEN: gl.constexpr,
+    LOOK: gl.constexpr,
     BT: gl.constexpr,
     BK: gl.constexpr,
     BV: gl.constexpr,
@@ -189,11 +195,7 @@ def scan_hopper_kernel(
     length = i_n * 0 + T
     if SEGMENTS > 1:
         i_s = i_n.to(gl.int64)
-        all_chunks = gl.cdiv(length, BT)
-        chunks = gl.maximum(gl.cdiv(all_chunks * B, SEGMENTS), LEAST)
-        segments = gl.cdiv(all_chunks, chunks)
-        i_segment = i_n % segments
-        i_n = i_n // segments
+        chunks, i_n, i_segment = find_segment(i_n, length, B, BT, SEGMENTS, LEAST)
     i_b = i_n.to(gl.int64)
     i_first = i_b * 0
     is_live = i_n >= 0
@@ -215,36 +217,58 @@ def scan_hopper_kernel(
             i_read = gl.load(read_indices + i_row * stride_read_indices_n).to(gl.int64)
         is_live = is_live & (i_read > null_index) & (i_write > null_index) & (length > 0)
 
+    i_place = i_b * gl.cdiv(T, BT)
+    if IS_VARLEN:
+        i_place = i_first // BT + i_n
+    is_last = is_live
+    # Chunks that are walked before the segment's own.
+    i_own = 0
+    if SEGMENTS > 1:
+        # The batch has no places that are left over.
+        i_chunk = i_segment * chunks
+        rest = length - i_chunk * BT
+        is_last = is_live & (rest <= chunks * BT)
+        length = gl.minimum(rest, chunks * BT)
+        if HAS_KEPT:
+            is_early = all_forget(kept, T, B, chunks, HV, BT, FORGOTTEN, LOOK, BN)
+            i_begin = find_forgotten(kept + i_place * HV + i_hv, i_chunk, HV, FORGOTTEN, LOOK)
+            i_own = gl.where(is_early, i_chunk - i_begin, 0)
+            length += i_own * BT
+            i_chunk -= i_own
+            is_first = i_chunk == 0
+            if not HAS_SEGMENT_STATES:
+                # One program walks all, or each its own.
+                is_whole = (i_segment == 0) & (is_early == 0)
+                is_last = is_live & (is_last & is_early | is_whole)
+                length = gl.where(is_early, length, gl.where(is_whole, T, 0))
+                i_chunk = gl.where(is_early, i_chunk, 0)
+        i_first += i_chunk * BT
+        i_place += i_chunk
+
     # Pointer, strides of V and K, and mask.
     p_final = final_state + i_write * stride_final_state_n + i_hv * stride_final_state_h
     read = (p_final, stride_final_state_v, stride_final_state_k, is_live)
-    if SEGMENTS > 1:
-        read = (segment_states + (i_s * HV + i_hv) * (V * K), K, 1, is_live)
+    if HAS_SEGMENT_STATES:
+        m_read = is_live
+        if HAS_KEPT:
+            i_s = gl.where(is_early, i_s - i_segment, i_s)
+            m_read = m_read & (is_first | (is_early == 0))
+        read = (segment_states + (i_s * HV + i_hv) * (V * K), K, 1, m_read)
     elif HAS_STATE:
         m_read = is_live
+        if HAS_KEPT:
+            m_read = m_read & is_first
         if HAS_INITIAL_STATE:
             p_has = has_initial_state + i_row * stride_has_initial_state_n
             m_read = m_read & (gl.load(p_has) != 0)
         p_state = state + i_read * stride_state_n + i_hv * stride_state_h
         read = (p_state, stride_state_v, stride_state_k, m_read)
-
-    i_place = i_b * gl.cdiv(T, BT)
-    if IS_VARLEN:
-        i_place = i_first // BT + i_n
-    is_last = is_live
-    if SEGMENTS > 1:
-        # The batch has no places that are left over.
-        rest = length - i_segment * (chunks * BT)
-        is_last = is_live & (rest <= chunks * BT)
-        length = gl.minimum(rest, chunks * BT)
-        i_first += i_segment * (chunks * BT)
-        i_place += i_segment * chunks
     write = (p_final, stride_final_state_v, stride_final_state_k, is_last)
 
     p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
     p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
-    p_o = o + i_b * stride_o_b + i_first * stride_o_t + i_hv * stride_o_h
+    p_o = o + i_b * stride_o_b + (i_first + i_own * BT) * stride_o_t + i_hv * stride_o_h
     o_block = ((i_b * T + i_first) * HV + i_hv) * BT
     ROWS: gl.constexpr = 3 if USE_QK_L2NORM else 2
     p_decays = decays + (i_place * HV + i_hv) * (ROWS * BT)
@@ -268,7 +292,8 @@ def scan_hopper_kernel(
         mbarrier.init(free.index(i), count=HALVES)
     fence_async_shared()
     group_barrier()
-    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, SEGMENTS > 1 or HAS_STATE, SEGMENTS > 1, HV)
+    READS: gl.constexpr = HAS_SEGMENT_STATES or HAS_STATE
+    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, READS, SEGMENTS > 1, HV)
     # Where no token is valid all reads are past the end.
     i_skip = gl.where(is_live, 0, places)
     args = (
@@ -278,7 +303,7 @@ def scan_hopper_kernel(
             (p_q, stride_q_t),
             (p_k, stride_k_t),
             (p_v, stride_v_t),
-            (p_o, stride_o_t, rows),
+            (p_o, stride_o_t, rows - i_own * BT, i_own),
             inverse + o_block,
             weights + o_block,
             p_decays,

@@ -25,6 +25,11 @@ def tile_layout(rank=2):
 
 
 @gluon.jit
+def plus(a, b):
+    return a + b
+
+
+@gluon.jit
 def wait_for_kernel_before():
     """Until what the kernel before has written is there, where this one began beside it."""
     asm: gl.constexpr = "griddepcontrol.wait; mov.b32 $0, 0;"
@@ -55,7 +60,7 @@ def walk_chunks(
     HAS_STATE: gl.constexpr = C[5]
     IS_SEGMENT: gl.constexpr = C[6]
     s_q, s_k, s_v, s_inverse, s_weights, s_decays, s_o = tiles
-    p_o, stride_o, rows = sources[3]
+    p_o, stride_o, rows, i_own = sources[3]
     d_o = tma.make_tensor_descriptor(p_o, [rows, 128], [stride_o, 1], [BT, 64], tile_layout())
     full, free = bars
     DOT: gl.constexpr = s_k.dtype
@@ -94,8 +99,8 @@ def walk_chunks(
         stage_output(b_od, b_out)
         # Every warp has left the chunk before: no barrier for that alone.
         mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        # Before the first chunk past the end, where nothing is written.
-        i_before = gl.where(i > 0, i - 1, chunks)
+        # Before the first own chunk past the end, where nothing is written.
+        i_before = gl.where(i > i_own, i - 1 - i_own, chunks)
         tma.async_copy_shared_to_global(d_o, [i_before * BT, i_first], b_out)
         b_x = warpgroup_mma_wait(1, deps=(b_x,))
         b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
@@ -122,7 +127,7 @@ def walk_chunks(
     # The tokens of an empty sequence may begin where no memory is, which no descriptor may name.
     if chunks > 0:
         stage_output(b_od, b_out)
-        tma.async_copy_shared_to_global(d_o, [(chunks - 1) * BT, i_first], b_out)
+        tma.async_copy_shared_to_global(d_o, [(chunks - 1 - i_own) * BT, i_first], b_out)
     p_final, stride_v, stride_k, m_last = write
     p_final += o_v[:, None] * stride_v + o_k[None, :] * stride_k
     gl.store(p_final, b_S.to(p_final.dtype.element_ty), m_last)

@@ -1,8 +1,12 @@
 """Splitting long sequences into segments that are walked side by side: when, and the launches.
 
-The scan of one sequence has few programs, one after another chunk. Split, each segment is walked
-twice: ``carry_kernel`` (chunk_carry.py) finds what it does to the state that enters it,
-``chain_kernel`` (chunk_chain.py) which state that is, and then the scan walks all of them at once.
+The scan of one sequence has few programs, one after another chunk. Split, each segment needs the
+state that enters it. Where all heads forget what was long before (chunk_forget.py), it is made of
+the few chunks before the segment, and the scan begins with them. Where they do not, each segment
+but the last is walked twice: ``carry_kernel`` (chunk_carry.py) finds what it does to the state that
+enters it, and ``chain_kernel`` (chunk_chain.py) which state that is. With two segments that is no
+faster than a sequence that is walked whole, so they are split only if all forget; what they do is
+known to the kernels alone, which find out first.
 """
 
 from typing import Any, NamedTuple
@@ -12,20 +16,25 @@ from torch import Tensor
 
 from .chunk_carry import carry_kernel
 from .chunk_chain import chain_kernel
-from .configs import Gpu, cdiv
+from .chunk_forget import kept_kernel
+from .chunk_hopper import serves
+from .configs import Gpu, cdiv, next_power_of_2
 from .launch import launch, strides
 
-# us on an H200 (Triton 3.6, 2026-11-29), K = V = 128 and bfloat16: a chunk in the scan, a chunk in
-# the carry where two programs share a multiprocessor and where one has it, a segment in the chain,
-# and what both launches take beside that.
-SCAN, CARRY, CARRY_ALONE, CHAIN, START = 1.27, 1.4, 1.0, 2.55, 9.0
+# us on an H200 (Triton 3.6, 2026-11-30), K = V = 128 and bfloat16: a chunk in the scan, in the one
+# in Gluon, a chunk in the carry where two programs share a multiprocessor and where one has it, a
+# segment in the chain, and what both launches and the larger ``prepare_kernel`` take beside that.
+SCAN, SCAN_HOPPER, CARRY, CARRY_ALONE, CHAIN, START = 1.27, 0.97, 1.4, 1.0, 2.55, 14.0
 # Chunks of a segment, at least. Of 128 chunks those of 8, 12 and 16 take the same time.
 LEAST = 12
-# Bounds that are read at once.
+# Of one that begins early or is not walked, by the chunks that this takes: gates of -0.05 a token
+# need 14.
+LEAST_EARLY = 24
+# Bounds that are read at once, and segments that are looked at.
 BN = 128
-# log2 of what is kept of a state that counts as nothing: float32 has 24 digits, and 126 powers of 2
-# below 1. Chunks before the end of a segment in which it is looked for.
-FORGOTTEN, LOOK = -64.0, 128
+# log2 of what is left of a state that counts as nothing: float32 has 24 digits. Chunks in which a
+# state must have become so: gates of -0.022 a token and lower, on average.
+FORGOTTEN, LOOK = -64.0, 32
 
 
 class Split(NamedTuple):
@@ -33,6 +42,16 @@ class Split(NamedTuple):
 
     SEGMENTS: int
     LEAST: int
+    has_maps: bool = True  # else sequences are walked whole, unless all segments forget
+
+    def constants(self) -> dict[str, Any]:
+        """What all kernels of segments are told."""
+        return {
+            "SEGMENTS": self.SEGMENTS,
+            "LEAST": self.LEAST,
+            "FORGOTTEN": FORGOTTEN,
+            "LOOK": LOOK,
+        }
 
     def places(self, T: int, B: int, BT: int, packed: int | None) -> int:
         """Places of segments of a row of the batch, or of so many ``packed`` sequences."""
@@ -41,21 +60,24 @@ class Split(NamedTuple):
 
 
 # No split: what the scan is told of a call whose sequences are whole.
-WHOLE = Split(1, 0)
+WHOLE = Split(1, 0, has_maps=False)
 
 
 def choose(
-    N: int, chunks: int, HV: int, V: int, BK: int, BV: int, dtype: torch.dtype, gpu: Gpu
+    N: int,
+    chunks: int,
+    HV: int,
+    V: int,
+    BK: int,
+    BV: int,
+    dtype: torch.dtype,
+    gpu: Gpu,
+    *,
+    needs_maps: bool,
 ) -> Split:
     """How to split the sequences of a call, by what it takes.
 
-    As many segments as there are multiprocessors for, where that is faster. us for whole sequences
-    and for split ones, prepare included (H200, Triton 3.6, 2026-11-29):
-
-        value heads         4      8     16     32
-        2048 tokens      66/65  63/61  71/74  83/102
-        8192           191/96  199/113  221/168  264/266
-        32768          692/193  731/291  810/514  977/913
+    As many segments as there are multiprocessors for, where that is faster. TABLE
 
     Args:
         N: Sequences.
@@ -66,18 +88,25 @@ def choose(
         BV: Rows of a program of the scan.
         dtype: Of the tokens; float32 is not split, which nobody measured.
         gpu: The GPU.
+        needs_maps: Whether sequences are packed or states updated in place, where others have
+            been written when a segment reads the first.
     """
     programs = HV * cdiv(V, BV)
     segments, length = gpu.multiprocessors // programs, chunks // N
-    each = min(segments // N, length // LEAST)
     # The carry of 256 keys would need more shared memory than there is.
-    if BK > 128 or dtype == torch.float32 or each < 2:
+    if BK > 128 or dtype == torch.float32:
         return WHOLE
+    each = max(min(segments // N, length // LEAST), 1)
     is_alone = 2 * programs * N * (each - 1) <= gpu.multiprocessors
     walked = length / each
     rounds = cdiv(N * HV * cdiv(V, chain_tiles(gpu).BV), gpu.multiprocessors)
     cost = walked * (CARRY_ALONE if is_alone else CARRY) + CHAIN * each * rounds + START
-    return Split(segments, LEAST) if SCAN * (length - walked) > cost else WHOLE
+    scan = SCAN_HOPPER if serves(BK, V, gpu) else SCAN
+    if scan * (length - walked) > cost:
+        return Split(segments, LEAST)
+    if not needs_maps and min(segments // N, length // LEAST_EARLY) >= 2:
+        return Split(segments, LEAST_EARLY, has_maps=False)
+    return WHOLE
 
 
 class Tiles(NamedTuple):
@@ -104,6 +133,48 @@ def chain_tiles(gpu: Gpu) -> Tiles:
 def chain_precision(gpu: Gpu) -> str:
     """``input_precision`` of the products of states, which are float32: of three TF32, or exact."""
     return "tf32x3" if gpu.arch.startswith("sm_") else "ieee"
+
+
+def bound_kept(
+    k: Tensor,
+    HV: int,
+    g: Tensor | None,
+    beta: Tensor | None,
+    cu_seqlens: Tensor | None,
+    use_qk_l2norm: bool,
+    BT: int,
+    split: Split,
+) -> Tensor:
+    """``kept`` of chunk_forget.py."""
+    B, T, H, K = k.shape
+    places, N = cdiv(T, BT), None
+    if cu_seqlens is not None:
+        N = cu_seqlens.shape[0] - 1
+        places += N
+    kept = torch.empty((B * places, HV), dtype=torch.float32, device=k.device)
+    launch(
+        kept_kernel,
+        B * split.places(T, B, BT, N) * LOOK * H,
+        (k, g, beta, cu_seqlens, kept),
+        (*k.stride(), *strides(g, 3), *strides(beta, 3), *strides(cu_seqlens, 1), T, B),
+        num_warps=4,
+        num_stages=1,
+        H=H,
+        HV=HV,
+        K=K,
+        HAS_G=g is not None,
+        HAS_BETA=beta is not None,
+        IS_VARLEN=cu_seqlens is not None,
+        USE_QK_L2NORM=use_qk_l2norm,
+        SEGMENTS=split.SEGMENTS,
+        LEAST=split.LEAST,
+        LOOK=LOOK,
+        BT=BT,
+        BK=next_power_of_2(K),
+        BH=next_power_of_2(HV // H),
+        BN=BN,
+    )
+    return kept
 
 
 def enter_segments(
@@ -140,7 +211,6 @@ def enter_segments(
         "K": K,
         "V": V,
         "IS_VARLEN": cu_seqlens is not None,
-        **split._asdict(),
     }
     launch(
         carry_kernel,
@@ -148,17 +218,27 @@ def enter_segments(
         (k, v, inverse, decays, kept, cu_seqlens, carry),
         (*k.stride(), *v.stride(), *strides(cu_seqlens, 1), *carry.stride(), T, B),
         H=H,
-        FORGOTTEN=FORGOTTEN,
         BN=BN,
-        LOOK=LOOK,
+        HAS_KEPT=True,
         **carry_tile._asdict(),
         **sizes,
+        **split.constants(),
         **constants,
     )
     launch(
         chain_kernel,
         N * HV * cdiv(V, chain_tile.BV),
-        (carry, inverse, state, state_indices, has_initial_state, cu_seqlens, read_indices, states),
+        (
+            carry,
+            inverse,
+            kept,
+            state,
+            state_indices,
+            has_initial_state,
+            cu_seqlens,
+            read_indices,
+            states,
+        ),
         (
             *carry.stride(),
             *strides(state, 4),
@@ -176,7 +256,10 @@ def enter_segments(
         HAS_READ_INDICES=read_indices is not None,
         HAS_INITIAL_STATE=has_initial_state is not None,
         PRECISION=chain_precision(gpu),
+        BN=BN,
+        HAS_KEPT=cu_seqlens is None,
         **chain_tile._asdict(),
         **sizes,
+        **split.constants(),
     )
     return states

@@ -20,6 +20,7 @@ def kernels(request, monkeypatch):
     """The launching functions, by a scan with 1 or 2 groups that walk, or in one kernel."""
     from gdn_ops.kernels import (
         chunk,
+        chunk_forget_hopper,
         chunk_fused_hopper,
         chunk_fused_inverse,
         chunk_fused_walk,
@@ -43,7 +44,8 @@ def kernels(request, monkeypatch):
     # No kernel is started before the one before it is done.
     monkeypatch.setattr(chunk, "serves", lambda *_: False)
     fused = (chunk_fused_hopper, chunk_fused_inverse, chunk_fused_walk)
-    with interpreted((chunk_scan_hopper, chunk_scan_walk, *fused), monkeypatch) as launchers:
+    scan = (chunk_forget_hopper, chunk_scan_hopper, chunk_scan_walk)
+    with interpreted((*scan, *fused), monkeypatch) as launchers:
         yield chunk
     assert launchers["fused_hopper_kernel" if is_fused else "scan_hopper_kernel"].calls
 
@@ -114,11 +116,15 @@ def test_rows_without_a_slot_are_zero_and_other_slots_as_they_were(kernels):
 
 
 @pytest.mark.parametrize("kernels", [1, 2], indirect=True)
-def test_segments_agree_with_whole_sequences(kernels, monkeypatch):
+@pytest.mark.parametrize("has_maps", [False, True], ids=["early", "maps"])
+@pytest.mark.parametrize("rates", [(0.0, 0.2), (0.3, 0.2)], ids=["some forget", "all forget"])
+def test_segments_agree_with_whole_sequences(rates, has_maps, kernels, monkeypatch):
+    """Heads that forget do so in four chunks, and in three."""
     from gdn_ops.kernels.chunk_segments import Split
 
-    args, options = _batch(B=2, T=260, **NORMS)
+    args, options = _batch(B=2, T=700, **NORMS)
+    args[3].mul_(1 / 64).sub_(torch.tensor(rates))
     whole = kernels.chunk(*args, **options)
-    monkeypatch.setattr(kernels, "choose", lambda *_: Split(4, 1))
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: Split(4, 1, has_maps))
     for x, y in zip(kernels.chunk(*args, **options), whole, strict=True):
         assert (x.float() - y.float()).norm() <= 2**-7 * y.float().norm()

@@ -14,19 +14,28 @@ SLOTS = 7
 LENGTHS = (3, 0, 66, 1, 32, 97, 64)
 
 
+@pytest.fixture(params=[False, True], ids=["early", "maps"])
+def split_into(monkeypatch, request):
+    """Splits calls that follow, in either way; pools in the one that serves them."""
+    from gdn_ops.kernels import chunk
+    from gdn_ops.kernels.chunk_segments import Split
+
+    def split_into(segments, least):
+        def choose(*_, needs_maps):
+            return Split(segments, least, request.param or needs_maps)
+
+        monkeypatch.setattr(chunk, "choose", choose)
+
+    return split_into
+
+
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(split_into):
     """Segments of one chunk, so that a few tokens are several."""
     from gdn_ops.kernels import chunk
 
-    split_into(1000, 1, chunk, monkeypatch)
+    split_into(1000, 1)
     return chunk
-
-
-def split_into(segments, least, kernels, monkeypatch):
-    from gdn_ops.kernels.chunk_segments import Split
-
-    monkeypatch.setattr(kernels, "choose", lambda *_: Split(segments, least))
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
@@ -50,9 +59,9 @@ def test_segments_equal_the_loop(dtype, use_qk_l2norm, kernels_of_a_device):
 
 
 @pytest.mark.parametrize(("segments", "least"), [(2, 1), (3, 2), (1000, 3)])
-def test_segments_of_every_length_equal_the_loop(segments, least, kernels, monkeypatch):
+def test_segments_of_every_length_equal_the_loop(segments, least, kernels, split_into):
     """Of two, three and more chunks, the last shorter than the others or of one token."""
-    split_into(segments, least, kernels, monkeypatch)
+    split_into(segments, least)
     assert_equals_oracle(kernels, ((*make_memories(1, 193), make_state(1, HV, V, K)), {}))
     packed = (*make_memories(1, sum(LENGTHS)), make_state(len(LENGTHS), HV, V, K))
     assert_equals_oracle(kernels, ((*packed, cu_seqlens(LENGTHS)), {}))
@@ -64,33 +73,34 @@ def test_segments_without_an_initial_state_begin_with_none(kernels):
 
 @pytest.mark.parametrize("use_qk_l2norm", [False, True], ids=["", "l2norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rates", [(0.5, 0.0), (0.5, 0.25)], ids=["some", "all"])
 def test_segments_that_forget_equal_the_loop(
-    dtype, use_qk_l2norm, kernels_of_a_device, monkeypatch
+    rates, dtype, use_qk_l2norm, kernels_of_a_device, split_into
 ):
-    """Each head in another chunk, the last one never."""
-    split_into(2, 1, kernels_of_a_device, monkeypatch)
-    tokens = make_memories(2, 600, dtype)
-    tokens = tokens._replace(g=tokens.g - torch.tensor([0.5, 0.0]))
+    """Each head in another chunk, the last one in the first case never."""
+    split_into(4, 1)
+    tokens = make_memories(2, 900, dtype)
+    tokens = tokens._replace(g=tokens.g - torch.tensor(rates))
     call = (*tokens, make_state(2, HV, V, K))
     assert_equals_oracle(kernels_of_a_device, (call, {"use_qk_l2norm": use_qk_l2norm}))
 
 
-def test_what_a_segment_forgets_it_does_not_read(kernels, monkeypatch):
-    split_into(2, 1, kernels, monkeypatch)
+def test_what_all_heads_forget_no_segment_reads(kernels_of_a_device, split_into):
+    split_into(2, 1)
     tokens = make_memories(1, 640)
-    tokens = tokens._replace(g=tokens.g - torch.tensor([0.5, 0.0]))
     tokens.v[:, 3] = torch.nan
-    o, final = kernels.chunk(*tokens)
-    assert o[:, 320:, 0].isfinite().all()
-    assert o[:, 320:, 1].isnan().all()
-    assert final[:, 0].isfinite().all()
-    assert final[:, 1].isnan().all()
+    for rates, is_forgotten in (((0.5, 0.3), True), ((0.5, 0.0), False)):
+        kept = tokens._replace(g=tokens.g - torch.tensor(rates))
+        o, final = kernels_of_a_device.chunk(*kept)
+        assert o[:, 3:320].isnan().any()
+        for x in (o[:, 320:, 1], final[:, 1]):
+            assert x.isfinite().all() if is_forgotten else x.isnan().any()
 
 
 @pytest.mark.parametrize("use_qk_l2norm", [False, True], ids=["keys", "l2norm"])
-def test_a_memory_that_tokens_amplify_is_not_forgotten(use_qk_l2norm, kernels, monkeypatch):
+def test_a_memory_that_tokens_amplify_is_not_forgotten(use_qk_l2norm, kernels, split_into):
     """Gates alone would leave 2**-180 of it: 1 - beta |k|^2 is -1.5 for the keys of all tokens."""
-    split_into(2, 1, kernels, monkeypatch)
+    split_into(2, 1)
     tokens = make_memories(1, 600)
     tokens.k[:] = torch.nn.functional.normalize(tokens.k[:, :1], dim=-1)
     tokens.v[:, 300:] = 0
@@ -100,13 +110,13 @@ def test_a_memory_that_tokens_amplify_is_not_forgotten(use_qk_l2norm, kernels, m
     assert_equals_oracle(kernels, ((*tokens,), {"use_qk_l2norm": use_qk_l2norm}))
 
 
-def test_more_chunks_than_are_looked_at_may_forget(kernels, monkeypatch):
+def test_more_chunks_than_are_looked_at_may_forget(kernels, split_into, monkeypatch):
     from gdn_ops.kernels import chunk_segments
 
     monkeypatch.setattr(chunk_segments, "LOOK", 4)
-    split_into(2, 1, kernels, monkeypatch)
+    split_into(2, 1)
     tokens = make_memories(1, 600)
-    for rate in (0.3, 1.0):
+    for rate in (0.2, 1.0):
         call = (*tokens._replace(g=tokens.g - rate), make_state(1, HV, V, K))
         assert_equals_oracle(kernels, (call, {}))
 

@@ -23,7 +23,7 @@ def segments_of_a_chunk(monkeypatch):
     from gdn_ops.kernels import chunk_segments
 
     monkeypatch.setattr(
-        chunk_segments, "choose", lambda *_: chunk_segments.Split(SEGMENTS=1000, LEAST=1)
+        chunk_segments, "choose", lambda *_, **__: chunk_segments.Split(SEGMENTS=1000, LEAST=1)
     )
 
 

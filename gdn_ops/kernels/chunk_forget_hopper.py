@@ -1,0 +1,56 @@
+"""The functions of chunk_forget.py for kernels in Gluon, by four warps."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .chunk_scan_walk import plus
+
+# Chunks of a segment and value head are in one thread.
+LOOKED_AT = gl.constexpr(gl.BlockedLayout([32, 1], [1, 32], [1, 4], [0, 1]))
+
+
+@gluon.jit
+def find_segment(i_s, T, B, BT: gl.constexpr, SEGMENTS: gl.constexpr, LEAST: gl.constexpr):
+    """``segment_chunks``, and ``find_segment``."""
+    all_chunks = gl.cdiv(T, BT)
+    chunks = gl.maximum(gl.cdiv(all_chunks * B, SEGMENTS), LEAST)
+    segments = gl.cdiv(all_chunks, chunks)
+    return chunks, i_s // segments, i_s % segments
+
+
+@gluon.jit
+def find_forgotten(p_kept, chunks, HV: gl.constexpr, FORGOTTEN: gl.constexpr, LOOK: gl.constexpr):
+    """The last of ``chunks`` that nothing is left of the state before, of LOOK; or 0."""
+    i_c = chunks - LOOK + gl.arange(0, LOOK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    b_kept = gl.load(p_kept + i_c * HV, i_c >= 0, 0.0)
+    b_kept = gl.associative_scan(b_kept, 0, plus, reverse=True)
+    return gl.max(gl.where((i_c >= 0) & (b_kept < FORGOTTEN), i_c, 0), 0)
+
+
+@gluon.jit
+def all_forget(
+    kept,
+    T,
+    B,
+    chunks,
+    HV: gl.constexpr,
+    BT: gl.constexpr,
+    FORGOTTEN: gl.constexpr,
+    LOOK: gl.constexpr,
+    BN: gl.constexpr,
+):
+    """Whether every segment of a batch may begin LOOK chunks earlier, or with its sequence."""
+    all_chunks = gl.cdiv(T, BT)
+    ends = gl.cdiv(all_chunks, chunks) - 1
+    o_c = gl.arange(0, LOOK, layout=gl.SliceLayout(1, LOOKED_AT))[:, None] - LOOK
+    remember = ends * 0
+    for i_first in range(0, B * ends * HV, BN):
+        o_s = i_first + gl.arange(0, BN, layout=gl.SliceLayout(0, LOOKED_AT))
+        i_end = (o_s // HV % ends + 1) * chunks
+        o_kept = (o_s // HV // ends * all_chunks + i_end) * HV + o_s % HV
+        m_s = (o_s < B * ends * HV) & (i_end > LOOK)
+        p_kept = kept + (o_kept[None, :] + o_c * HV)
+        b_kept = gl.sum(gl.load(p_kept, m_s[None, :], FORGOTTEN), 0)
+        # Written so that a NaN is remembered. The others are LOOK times FORGOTTEN.
+        remember += gl.sum(gl.where(b_kept < FORGOTTEN, 0, 1), 0)
+    return remember == 0
