@@ -71,7 +71,7 @@ def choose(v: IRNode, cu_seqlens: IRNode | None, tiles: Tiles, gpu: Gpu) -> Spli
     HV, V = (_inductor.static_int(size) for size in v.get_size()[2:])
     chunks = rows * cdiv(tokens, tiles.BT)
     sizes = (sequences, chunks, HV, V, tiles.BK, tiles.BV)
-    return chunk_segments.choose(*sizes, v.get_dtype(), gpu, needs_maps=True)
+    return chunk_segments.choose(*sizes, v.get_dtype(), gpu, needs_maps=True, is_template=True)
 
 
 def places(v: IRNode, cu_seqlens: IRNode | None, BT: int, split: Split) -> Any:

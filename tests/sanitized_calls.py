@@ -55,15 +55,18 @@ def delta_rule(dtype, packed, sizes):
 
 
 def segments(dtype, packed, sizes):
-    """A prefill on a pool that is split, into segments of one chunk."""
+    """Prefills that are split, into segments of one chunk: on a pool, and of heads that forget."""
     _, HV, K, V = sizes
     shape = (1, 205) if packed else (2, 150)
     bounds = cu_seqlens((130, 70), device="cuda") if packed else None
     tokens = make_inputs(*shape, *sizes, dtype, device="cuda")
     pool = make_state(5, HV, V, K, device="cuda")
     slots = indices([4, 2], device="cuda")
-    with mock.patch.object(chunk, "choose", return_value=Split(SEGMENTS=1000, LEAST=1)):
+    with mock.patch.object(chunk, "choose", return_value=Split(1000, 1)):
         chunk.chunk_(*tokens, pool, slots, cu_seqlens=bounds, use_qk_l2norm=packed)
+    with mock.patch.object(chunk, "choose", return_value=Split(1000, 1, has_maps=False)):
+        if not packed:
+            chunk.chunk(*tokens._replace(g=tokens.g - 1))
 
 
 def in_one_kernel(dtype, packed, sizes):

@@ -245,9 +245,10 @@ def test_segments_of_a_batch_agree_with_whole_sequences(T, form, is_pool, monkey
         return chunk.chunk_(*args[:5], pool, slots, **options), pool
 
     whole = prefilled_by(0, call)
-    monkeypatch.setattr(chunk, "choose", lambda *_, **__: Split(6, 1))
-    assert_close(prefilled_by(form, call), whole)
-    assert_close(prefilled_by(0, call), whole)
+    for has_maps in {True, is_pool}:
+        monkeypatch.setattr(chunk, "choose", lambda *_, maps=has_maps, **__: Split(6, 1, maps))
+        assert_close(prefilled_by(form, call), whole)
+        assert_close(prefilled_by(0, call), whole)
 
 
 def test_segments_of_packed_sequences_are_scanned_by_the_plain_kernel(monkeypatch):

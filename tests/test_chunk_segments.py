@@ -31,16 +31,16 @@ def _segments(*args, **options):
 
 
 def test_long_sequences_of_few_heads_are_split_and_no_others():
-    assert [_segments(1, 8192, HV) for HV in (4, 8, 16, 32, 64)] == [16, 8, 4, 2, 1]
-    assert [_segments(1, T, 4) for T in (1, 1024, 4096, 2**20)] == [1, 1, 16, 16]
-    assert [_segments(1, T, 32) for T in (2048, 4096, 8192, 32768)] == [1, 2, 2, 2]
-    assert [_segments(N, 8192, 8) for N in (1, 2, 4, 8, 64)] == [8, 8, 8, 1, 1]
+    assert [_segments(1, 8192, HV) for HV in (4, 8, 16, 32, 64)] == [16, 8, 4, 1, 1]
+    assert [_segments(1, T, 4) for T in (1, 1024, 4096, 2**20)] == [1, 1, 1, 16]
+    assert [_segments(1, T, 32) for T in (8192, 16384, 32768)] == [1, 2, 2]
+    assert [_segments(N, 8192, 8) for N in (1, 2, 4, 8, 64)] == [8, 8, 1, 1, 1]
 
 
-def test_few_segments_begin_early_but_not_in_a_pool():
+def test_two_segments_have_no_maps_and_only_where_none_are_needed():
     assert _split(1, 8192, 16).has_maps
-    assert not _split(1, 8192, 32).has_maps
-    assert _segments(1, 8192, 32, needs_maps=True) == 1
+    assert not _split(1, 16384, 32).has_maps
+    assert _segments(1, 16384, 32, needs_maps=True) == 1
 
 
 def test_what_the_kernels_of_segments_do_not_serve_is_not_split():

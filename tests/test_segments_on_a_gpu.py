@@ -23,12 +23,18 @@ DTYPE = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def is_split(cuda):
-    """What is tested is split: this GPU has the multiprocessors for it."""
-    from gdn_ops.kernels.chunk_segments import WHOLE, choose
-    from gdn_ops.kernels.configs import gpu_at
+def split_into_segments(cuda, monkeypatch):
+    """Segments of some seven chunks, also of sequences for which that is not faster."""
+    from gdn_ops.kernels import chunk, chunk_segments
 
-    assert choose(1, T // 64, HV, V, 128, 64, DTYPE, gpu_at(0), needs_maps=True) != WHOLE
+    def split(has_maps):
+        for module in (chunk, chunk_segments):
+            monkeypatch.setattr(
+                module, "choose", lambda *_, **__: chunk_segments.Split(8, 4, has_maps)
+            )
+
+    split(True)
+    return split
 
 
 def make_memories(T=T, seed=0):
@@ -73,6 +79,26 @@ def test_packed_segments_on_slots_are_as_accurate_as_the_loop(dynamic):
     assert_all_as_accurate_as_plain((o, pool), *found, terms=K, names=("o", "pool"))
     assert not o[:, 3100:].any()
     _assert_only_the_slots_are_written(pool, before, (4, 2))
+
+
+@functools.cache
+def batch_call(rates):
+    """The same of a batch whose heads forget at these rates a token."""
+    tokens = make_inputs(2, 2800, H, HV, K, V, DTYPE, device="cuda", strong_decay=False)
+    tokens = tokens._replace(g=tokens.g / 64 - torch.tensor(rates, device="cuda"))
+    args = (*tokens, make_state(2, HV, V, K, device="cuda"))
+    found = witnesses(oracle.delta_rule, *args, operands=operands_of(gdn_ops.chunk, DTYPE))
+    return args, found
+
+
+@pytest.mark.parametrize("has_maps", [False, True], ids=["early", "maps"])
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.3, 0.0), (0.3, 0.2)], ids=["none", "one", "all"])
+def test_segments_that_forget_are_as_accurate_as_the_loop(rates, has_maps, split_into_segments):
+    from gdn_ops.kernels import chunk
+
+    split_into_segments(has_maps)
+    args, found = batch_call(rates)
+    assert_all_as_accurate_as_plain(chunk.chunk(*args), *found, terms=K)
 
 
 def test_whole_and_split_sequences_agree(monkeypatch):

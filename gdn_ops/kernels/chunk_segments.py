@@ -22,14 +22,16 @@ from .configs import Gpu, cdiv, next_power_of_2
 from .launch import launch, strides
 
 # us on an H200 (Triton 3.6, 2026-11-30), K = V = 128 and bfloat16: a chunk in the scan, in the one
-# in Gluon, a chunk in the carry where two programs share a multiprocessor and where one has it, a
-# segment in the chain, and what both launches and the larger ``prepare_kernel`` take beside that.
-SCAN, SCAN_HOPPER, CARRY, CARRY_ALONE, CHAIN, START = 1.27, 0.97, 1.4, 1.0, 2.55, 14.0
+# in Gluon; of both its 0.25 more where all multiprocessors walk and one in the carry, where two
+# programs share a multiprocessor and where one has it; a segment in the chain; what the launches
+# take beside that; and what it takes to look at what is forgotten.
+SCAN, SCAN_HOPPER, CARRY, CARRY_ALONE, CHAIN, START = 1.27, 0.97, 1.65, 1.25, 2.55, 9.0
+LOOKING = 15.0
 # Chunks of a segment, at least. Of 128 chunks those of 8, 12 and 16 take the same time.
 LEAST = 12
-# Of one that begins early or is not walked, by the chunks that this takes: gates of -0.05 a token
-# need 14.
-LEAST_EARLY = 24
+# Of two segments without maps, which are of no use where one head does not forget: then a whole
+# sequence takes 4 % longer with two of 64 chunks, and 1.5 % with two of 128.
+LEAST_EARLY = 128
 # Bounds that are read at once, and segments that are looked at.
 BN = 128
 # log2 of what is left of a state that counts as nothing: float32 has 24 digits. Chunks in which a
@@ -74,10 +76,19 @@ def choose(
     gpu: Gpu,
     *,
     needs_maps: bool,
+    is_template: bool = False,
 ) -> Split:
     """How to split the sequences of a call, by what it takes.
 
-    As many segments as there are multiprocessors for, where that is faster. TABLE
+    As many segments as there are multiprocessors for, where that is faster also if nothing is
+    forgotten, or hardly slower. us of whole sequences, of split ones where no head forgets, and
+    where all do within 14 chunks (H200, Triton 3.6, 2026-11-30; those of 32 heads without maps):
+
+        value heads              8              16              32
+        4096 tokens     75  83  61      89 104  78     113 121 112
+        8192           142 111  79     168 162 121     212 221 193
+        16384          280 172 123     322 278 200     411 414 344
+        32768          548 289 200     630 504 349     797 806 652
 
     Args:
         N: Sequences.
@@ -90,6 +101,8 @@ def choose(
         gpu: The GPU.
         needs_maps: Whether sequences are packed or states updated in place, where others have
             been written when a segment reads the first.
+        is_template: Whether the kernels are templates, which have the plain scan and look at
+            nothing that is forgotten; ``needs_maps`` goes with it.
     """
     programs = HV * cdiv(V, BV)
     segments, length = gpu.multiprocessors // programs, chunks // N
@@ -101,7 +114,8 @@ def choose(
     walked = length / each
     rounds = cdiv(N * HV * cdiv(V, chain_tiles(gpu).BV), gpu.multiprocessors)
     cost = walked * (CARRY_ALONE if is_alone else CARRY) + CHAIN * each * rounds + START
-    scan = SCAN_HOPPER if serves(BK, V, gpu) else SCAN
+    cost += 0.0 if is_template else LOOKING
+    scan = SCAN_HOPPER if serves(BK, V, gpu) and not is_template else SCAN
     if scan * (length - walked) > cost:
         return Split(segments, LEAST)
     if not needs_maps and min(segments // N, length // LEAST_EARLY) >= 2:
