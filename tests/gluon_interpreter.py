@@ -199,6 +199,7 @@ class Language:
     arange = staticmethod(lambda start, end, layout: torch.arange(start, end))
     sum = staticmethod(lambda x, axis: x.sum(axis))
     max = staticmethod(lambda x, axis: x.amax(axis))
+    min = staticmethod(lambda x, axis: x.amin(axis))
     cdiv = staticmethod(lambda a, b: -(-a // b))
     convert_layout = staticmethod(lambda x, _layout: x)
     SliceLayout = NVMMADistributedLayout = DotOperandLayout = staticmethod(lambda *_: None)
@@ -275,6 +276,10 @@ class Language:
             raise failures[0]
 
 
+def _as_argument(x):
+    return Pointer.to(x) if isinstance(x, torch.Tensor) else x
+
+
 class Launcher:
     """A kernel, launched as one of Triton's."""
 
@@ -286,8 +291,10 @@ class Launcher:
     def __getitem__(self, grid):
         def launch(*args, **constants):
             self.calls += 1
-            args = [Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in args]
-            constants = {name: x for name, x in constants.items() if name not in self.OPTIONS}
+            args = [_as_argument(x) for x in args]
+            constants = {
+                name: _as_argument(x) for name, x in constants.items() if name not in self.OPTIONS
+            }
             if "DOT" in constants:
                 constants["DOT"] = {"bf16": torch.bfloat16}[str(constants["DOT"])]
             Language.programs = grid[0]

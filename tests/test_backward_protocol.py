@@ -56,9 +56,9 @@ def _replay(role, chunks, halves, _has_norms, monkeypatch):
             _named(trace, "k v X S u"),
             _named(trace, "gates full_g free_g"),
             _named(trace, "full free"),
-            (of_tokens, (ANY, ANY, ANY), (ANY, (ANY, ANY), (ANY, ANY, ANY))),
-            (0, ANY, ANY, chunks),
-            (1.0, 2, True, True, halves, True),
+            (of_tokens, (ANY, ANY, ANY), (ANY, (ANY, ANY), (ANY, ANY, ANY, ANY))),
+            (0, ANY, ANY, chunks, 1),
+            (1.0, 2, True, True, halves, True, True),
         )
     return trace
 
@@ -81,9 +81,9 @@ def _reverse(role, chunks, halves, _has_norms, monkeypatch):
             _named(trace, "q k do X P dS"),
             _named(trace, "gates full_g free_g"),
             _named(trace, "full free full_P"),
-            (of_tokens, (ANY, ANY, ANY), (ANY, (ANY, ANY), (ANY, ANY, ANY), ANY)),
-            (0, ANY, ANY, chunks),
-            (1.0, 2, True, True, halves, True, True),
+            (of_tokens, (ANY, ANY, ANY), (ANY, (ANY, ANY), (ANY, ANY, ANY, ANY), (ANY, ANY))),
+            (0, ANY, ANY, chunks, ANY),
+            (1.0, 2, True, True, halves, True, True, True),
         )
     return trace
 

@@ -23,6 +23,7 @@ from .chunk_backward_places import PLACE_BN
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
 from .chunk_prepared import DOT, PRECISION, prepare
+from .chunk_segments import WHOLE, bound_kept
 from .configs import TRITON, Gpu
 from .launch import OPTIONS, fits_descriptor, strides
 from .plan import new_scratch
@@ -174,11 +175,19 @@ def chunk_backward(
     scale = K**-0.5 if scale is None else scale
     replay, to_replay = chunk_replay_kernel, scan
     reverse, to_reverse = chunk_reverse_kernel, scan
+    walked = N
     is_hopper = serves_backward(do.dtype, q.dtype, K, V, use_descriptors, gpu)
     if is_hopper:
-        replay, for_replay, reverse, for_reverse = pick_walks(N * HV, gpu)
-        to_replay, to_reverse = scan | for_replay, scan | for_reverse
-    rows = N * HV * triton.cdiv(V, to_replay["BV"])
+        chunks = triton.cdiv(T, BT)
+        walks = pick_walks(N, chunks, HV, cu_seqlens is not None, gpu)
+        forgets: dict[str, Any] = {"kept": None, "B": None}
+        if walks.split != WHOLE:
+            kept = bound_kept(k, HV, g, beta, None, use_qk_l2norm, BT, walks.split, at_starts=True)
+            forgets = {"kept": kept, "B": B}
+            walked = B * walks.split.places(T, B, BT, None)
+        replay, to_replay = walks.replay, scan | walks.of_replay | forgets
+        reverse, to_reverse = walks.reverse, scan | walks.of_reverse | forgets
+    rows = walked * HV * triton.cdiv(V, to_replay["BV"])
     replay[(rows,)](
         *(k, v, beta, initial_state, cu_seqlens, G, inverse, states, u),
         *k.stride(),

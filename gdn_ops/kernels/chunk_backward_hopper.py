@@ -1,6 +1,6 @@
 """Launching stages of the chunked backward in Gluon, where that serves a call."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +8,12 @@ from torch import Tensor
 from .chunk_backward_beta import chunk_beta_kernel
 from .chunk_backward_places import PLACE_BN, chunk_padding_kernel, chunk_places_kernel
 from .chunk_hopper import pick_rows, serves
+from .chunk_segments import BN, WHOLE, Split
 from .configs import Gpu, cdiv, next_power_of_2
 from .launch import OPTIONS, strides
+
+# Chunks of a segment in the stages that walk, at least.
+LEAST = 32
 
 
 def serves_backward(
@@ -34,15 +38,39 @@ def serves_backward(
     return serves(K, V, gpu) and use_descriptors and dtype == do_dtype == torch.bfloat16
 
 
-def pick_walks(heads: int, gpu: Gpu) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+class Walks(NamedTuple):
     """The kernels of the first two stages, each with what its launch has else."""
+
+    split: Split
+    replay: Any
+    of_replay: dict[str, Any]
+    reverse: Any
+    of_reverse: dict[str, Any]
+
+
+def pick_walks(N: int, chunks: int, HV: int, is_packed: bool, gpu: Gpu) -> Walks:
+    """The first two stages of ``N`` sequences with so many ``chunks`` each."""
     # Not at the top: a Triton without Gluon has the other kernels.
     from .chunk_backward_replay_hopper import replay_hopper_kernel
     from .chunk_backward_reverse_hopper import reverse_hopper_kernel
 
+    split = pick_split(N, chunks, HV, is_packed, gpu)
+    heads = HV * (N if split == WHOLE else N * split.places(chunks, N, 1, None))
     BV, of_few_roles = pick_rows(heads, gpu)
-    options: dict[str, Any] = {"BV": BV, "num_warps": 4, "num_stages": 1}
-    return replay_hopper_kernel, options | of_few_roles, reverse_hopper_kernel, options
+    options: dict[str, Any] = {"BV": BV, "num_warps": 4, "num_stages": 1, "BN": BN}
+    options |= split.constants()
+    return Walks(
+        split, replay_hopper_kernel, options | of_few_roles, reverse_hopper_kernel, options
+    )
+
+
+def pick_split(N: int, chunks: int, HV: int, is_packed: bool, gpu: Gpu) -> Split:
+    """Segments of sequences for which that leaves multiprocessors idle, if all heads forget."""
+    # A program for each 64 of 128 rows of the state.
+    segments = gpu.multiprocessors // (2 * HV)
+    if is_packed or min(segments // N, chunks // LEAST) < 2:
+        return WHOLE
+    return Split(segments, LEAST, has_maps=False)
 
 
 def launch_gradients(

@@ -5,7 +5,9 @@
     S' = exp(G_last) S + (u exp(G_last - G)) k
 
 Tensors, strides, sizes, tiles and flags are those of chunk_backward_replay.py, in the same order,
-so that one launch serves either kernel. The roles of a program, as of chunk_scan_hopper.py:
+so that one launch serves either kernel, and those of chunk_forget.py: segments of a batch begin
+with the chunks that their states are made of, of which nothing is written. The roles of a program,
+as of chunk_scan_hopper.py:
 
     walk        a warp group for each 64 of the ``BV`` rows of the state
     load        a warp: tiles of the next chunks, by tensor descriptors
@@ -52,6 +54,7 @@ from .chunk_backward_walk import (
     XC,
     XL,
     addresses_of_gates,
+    segment_of_program,
     sequence_of_program,
 )
 from .chunk_scan_walk import group_barrier
@@ -65,7 +68,7 @@ def load(tiles, gates, bars, sources, sizes, C: gl.constexpr):
     s_k, s_v, s_X, _, _ = tiles
     full, free = bars
     k, v, p_X = sources[0]
-    i_v, rows, _, chunks = sizes
+    i_v, rows, _, chunks, _ = sizes
     make: gl.constexpr = tma.make_tensor_descriptor
     d_k = make(k[0], [rows, 128], [k[1], 1], [BT, 128], TILE)
     d_v = make(v[0], [rows, 128], [v[1], 1], [BT, 64], TILE)
@@ -95,13 +98,15 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
     HV: gl.constexpr = C[1]
     HALVES: gl.constexpr = C[4]
     HAS_STATE: gl.constexpr = C[5]
+    IS_SEGMENT: gl.constexpr = C[6]
     s_k, s_v, s_X, s_S, s_u = tiles
     s_gates, full_g, free_g = gates
     full, free = bars
     p_states, u, read = sources[2]
-    i_v, rows, _, chunks = sizes
+    i_v, rows, _, chunks, i_own = sizes
     DOT: gl.constexpr = s_k.dtype
     make: gl.constexpr = tma.make_tensor_descriptor
+    rows = rows - i_own * BT
     places = gl.cdiv(rows, BT)
     d_S = make(p_states, [places, 128, 128], [HV * 16384, 128, 1], STATE, TILE_3)
     d_u = make(u[0], [rows, 128], [u[1], 1], [BT, 64], TILE)
@@ -109,11 +114,11 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
     b_S = gl.zeros((64, 128), gl.float32, SL)
     i_first = (i_v * HALVES + HALF) * 64
     if HAS_STATE:
-        p_S, stride_v, stride_k = read
+        p_S, stride_v, stride_k, m_read = read
         o_v = i_first + gl.arange(0, 64, layout=SR)
         o_k = gl.arange(0, 128, layout=SC)
         p_S += o_v[:, None] * stride_v + o_k[None, :] * stride_k
-        b_S = gl.load(p_S).to(gl.float32)
+        b_S = gl.load(p_S, m_read, 0.0).to(gl.float32)
     t_S, t_u = s_S.index(HALF), s_u.index(HALF)
     # What the chunk before wrote, rounded: of a sum ptxas would have every product waited for.
     b_ud = b_zero.to(DOT)
@@ -136,9 +141,12 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
         mbarrier.arrive(free.index((i + PLACES - 1) % PLACES), count=1, pred=i > 0)
         mbarrier.arrive(free_g.index((i + 1) % STAGES), count=1, pred=i > 0)
         t_S3 = t_S._reinterpret(DOT, STATE, TILE_3)
-        tma.async_copy_shared_to_global(d_S, [i, i_first, 0], t_S3)
-        # Before the first chunk past the end, where nothing is written.
-        i_before = gl.where(i > 0, i - 1, chunks)
+        i_store = i
+        if IS_SEGMENT:
+            i_store = gl.where(i >= i_own, i - i_own, chunks)
+        tma.async_copy_shared_to_global(d_S, [i_store, i_first, 0], t_S3)
+        # Before the first own chunk past the end, where nothing is written.
+        i_before = gl.where(i > i_own, i - 1 - i_own, chunks)
         tma.async_copy_shared_to_global(d_u, [i_before * BT, i_first], t_u)
         mbarrier.wait(full_g.index(i_stage), (i // STAGES) & 1)
         b_x = warpgroup_mma_wait(0, deps=(b_x,))
@@ -162,7 +170,7 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
         t_u.permute((1, 0)).store(b_ud)
         fence_async_shared()
         group_barrier()
-        tma.async_copy_shared_to_global(d_u, [(chunks - 1) * BT, i_first], t_u)
+        tma.async_copy_shared_to_global(d_u, [(chunks - 1 - i_own) * BT, i_first], t_u)
     tma.store_wait(0)
 
 
@@ -210,6 +218,8 @@ def replay_hopper_kernel(
     stride_u_h,
     stride_u_v,
     T,
+    kept,
+    B,
     H: gl.constexpr,
     HV: gl.constexpr,
     K: gl.constexpr,
@@ -225,29 +235,43 @@ def replay_hopper_kernel(
     BT: gl.constexpr,
     BK: gl.constexpr,
     BV: gl.constexpr,
+    SEGMENTS: gl.constexpr,
+    LEAST: gl.constexpr,
+    FORGOTTEN: gl.constexpr,
+    LOOK: gl.constexpr,
+    BN: gl.constexpr,
 ):
-    """One sequence, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``."""
+    """One sequence or segment, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``."""
     gl.static_assert(K == 128 and V == 128 and BT == 64 and (BV == 64 or BV == 128))
     gl.static_assert(USE_DESCRIPTORS and USE_DESCRIPTOR_STORE)
     HALVES: gl.constexpr = BV // 64
     i_v, i_hv, i_n, i_b, i_first, i_place, length = sequence_of_program(
         cu_seqlens, stride_cu_seqlens_n, T, HV, V // BV, IS_VARLEN
     )
+    i_own, m_read = 0, True
+    if SEGMENTS > 1:
+        S: gl.constexpr = (SEGMENTS, LEAST, FORGOTTEN, LOOK, BN)
+        i_n, begin, stop, first, _ = segment_of_program(kept, i_n, i_hv, T, B, HV, S, False)
+        i_own, m_read = first - begin, begin == 0
+        i_b = i_n.to(gl.int64)
+        i_first = (begin * BT).to(gl.int64)
+        i_place = i_b * gl.cdiv(T, BT) + begin
+        length = gl.minimum(T, stop * BT) - begin * BT
     i_h = i_hv // (HV // H)
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
     p_v = v + i_b * stride_v_b + i_first * stride_v_t + i_hv * stride_v_h
-    p_u = u + i_b * stride_u_b + i_first * stride_u_t + i_hv * stride_u_h
+    p_u = u + i_b * stride_u_b + (i_first + i_own * BT) * stride_u_t + i_hv * stride_u_h
     p_X = inverse + ((i_b * T + i_first) * HV + i_hv) * BT
-    p_states = states + (i_place * HV + i_hv) * (V * K)
+    p_states = states + ((i_place + i_own) * HV + i_hv) * (V * K)
     beta_strides = (stride_beta_b, stride_beta_t, stride_beta_h)
     of_gates = addresses_of_gates(
         G, beta, beta_strides, i_b, i_first, i_place, i_hv, HV, HAS_BETA, USE_QK_L2NORM
     )
-    read = (states, 0, 0)
+    read = (states, 0, 0, True)
     if HAS_INITIAL_STATE:
         p_S = initial_state + i_n.to(gl.int64) * stride_initial_state_n
         p_S += i_hv * stride_initial_state_h
-        read = (p_S, stride_initial_state_v, stride_initial_state_k)
+        read = (p_S, stride_initial_state_v, stride_initial_state_k, m_read)
 
     s_k = gl.allocate_shared_memory(DOT, [PLACES, BT, K], TILE)
     s_v = gl.allocate_shared_memory(DOT, [PLACES * HALVES, BT, 64], TILE)
@@ -268,7 +292,7 @@ def replay_hopper_kernel(
         mbarrier.init(free_g.index(i), count=HALVES)
     fence_async_shared()
     group_barrier()
-    C: gl.constexpr = (1.0, HV, HAS_BETA, USE_QK_L2NORM, HALVES, HAS_INITIAL_STATE)
+    C: gl.constexpr = (1.0, HV, HAS_BETA, USE_QK_L2NORM, HALVES, HAS_INITIAL_STATE, SEGMENTS > 1)
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = gl.maximum(length, 1)
     args = (
@@ -280,7 +304,7 @@ def replay_hopper_kernel(
             of_gates,
             (p_states, (p_u, stride_u_t), read),
         ),
-        (i_v, rows, length, gl.cdiv(length, BT)),
+        (i_v, rows, length, gl.cdiv(length, BT), i_own),
         C,
     )
     if HALVES == 1:

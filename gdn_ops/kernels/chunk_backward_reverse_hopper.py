@@ -5,7 +5,9 @@
     dS = exp(G_last) dS' + (do exp(G) scale)^T q - (dr exp(G) beta) k
 
 Tensors, strides, sizes, tiles and flags are those of chunk_backward_reverse.py, in the same order,
-so that one launch serves either kernel. The roles of a program, and of which file their code is:
+so that one launch serves either kernel, and those of chunk_forget.py: segments of a batch begin
+with the chunks after them that the gradient of their last state is made of, of which nothing is
+written. The roles of a program, and of which file their code is:
 
     walk        a warp group for each 64 of the ``BV`` rows of the gradient of the state
                 (chunk_backward_reverse_walk.py)
@@ -24,7 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .chunk_backward_gates import BT, GATES, ROW, STAGES, make_gates_of_sequence
 from .chunk_backward_reverse_walk import walk_high, walk_low, weigh
-from .chunk_backward_walk import PLACES, TILE, addresses_of_gates, sequence_of_program
+from .chunk_backward_walk import (
+    PLACES,
+    TILE,
+    addresses_of_gates,
+    segment_of_program,
+    sequence_of_program,
+)
 from .chunk_scan_walk import group_barrier
 
 # Registers of a thread of the second walk, of ``weigh`` and of the others. The first walk has what
@@ -105,6 +113,8 @@ def reverse_hopper_kernel(
     stride_dr_h,
     stride_dr_v,
     T,
+    kept,
+    B,
     scale: gl.constexpr,
     H: gl.constexpr,
     HV: gl.constexpr,
@@ -122,14 +132,28 @@ def reverse_hopper_kernel(
     BT: gl.constexpr,
     BK: gl.constexpr,
     BV: gl.constexpr,
+    SEGMENTS: gl.constexpr,
+    LEAST: gl.constexpr,
+    FORGOTTEN: gl.constexpr,
+    LOOK: gl.constexpr,
+    BN: gl.constexpr,
 ):
-    """One sequence, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``."""
+    """One sequence or segment, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``."""
     gl.static_assert(K == 128 and V == 128 and BT == 64 and (BV == 64 or BV == 128))
     gl.static_assert(USE_DESCRIPTORS and USE_DESCRIPTOR_STORE)
     HALVES: gl.constexpr = BV // 64
     i_v, i_hv, i_n, i_b, i_first, i_place, length = sequence_of_program(
         cu_seqlens, stride_cu_seqlens_n, T, HV, V // BV, IS_VARLEN
     )
+    own, m_read, m_write = gl.cdiv(length, BT), True, True
+    if SEGMENTS > 1:
+        S: gl.constexpr = (SEGMENTS, LEAST, FORGOTTEN, LOOK, BN)
+        i_n, first, stop, _, end = segment_of_program(kept, i_n, i_hv, T, B, HV, S, True)
+        own, m_read, m_write = end - first, stop == gl.cdiv(T, BT), (first == 0) & (stop > 0)
+        i_b = i_n.to(gl.int64)
+        i_first = (first * BT).to(gl.int64)
+        i_place = i_b * gl.cdiv(T, BT) + first
+        length = gl.minimum(T, stop * BT) - first * BT
     i_h = i_hv // (HV // H)
     p_q = q + i_b * stride_q_b + i_first * stride_q_t + i_h * stride_q_h
     p_k = k + i_b * stride_k_b + i_first * stride_k_t + i_h * stride_k_h
@@ -141,13 +165,13 @@ def reverse_hopper_kernel(
     of_gates = addresses_of_gates(
         G, beta, beta_strides, i_b, i_first, i_place, i_hv, HV, HAS_BETA, USE_QK_L2NORM
     )
-    read, write = (dstates, 0, 0), dstates
+    read, write = (dstates, 0, 0, True), (dstates, True)
     if HAS_DFINAL_STATE:
         p_dS = dfinal_state + i_n.to(gl.int64) * stride_dfinal_state_n
         p_dS += i_hv * stride_dfinal_state_h
-        read = (p_dS, stride_dfinal_state_v, stride_dfinal_state_k)
+        read = (p_dS, stride_dfinal_state_v, stride_dfinal_state_k, m_read)
     if HAS_INITIAL_STATE:
-        write = dinitial_state + (i_n.to(gl.int64) * HV + i_hv) * (V * K)
+        write = (dinitial_state + (i_n.to(gl.int64) * HV + i_hv) * (V * K), m_write)
 
     s_q = gl.allocate_shared_memory(DOT, [PLACES, BT, K], TILE)
     s_k = gl.allocate_shared_memory(DOT, [PLACES, BT, K], TILE)
@@ -179,6 +203,7 @@ def reverse_hopper_kernel(
         HALVES,
         HAS_DFINAL_STATE,
         HAS_INITIAL_STATE,
+        SEGMENTS > 1,
     )
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = gl.maximum(length, 1)
@@ -191,7 +216,7 @@ def reverse_hopper_kernel(
             of_gates,
             (p_dstates, (p_dr, stride_dr_t), read, write),
         ),
-        (i_v, rows, length, gl.cdiv(length, BT)),
+        (i_v, rows, length, gl.cdiv(length, BT), own),
         C,
     )
     if HALVES == 1:

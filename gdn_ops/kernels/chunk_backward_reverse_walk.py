@@ -67,13 +67,16 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
     HALVES: gl.constexpr = C[4]
     HAS_DFINAL_STATE: gl.constexpr = C[5]
     HAS_INITIAL_STATE: gl.constexpr = C[6]
+    IS_SEGMENT: gl.constexpr = C[7]
     s_q, s_k, s_do, s_X, s_P, s_dS = tiles
     s_gates, full_g, free_g = gates
     full, free, full_P = bars
     p_dstates, dr, read, write = sources[2]
-    i_v, rows, _, chunks = sizes
+    i_v, rows, _, chunks, own = sizes
     DOT: gl.constexpr = s_k.dtype
     make: gl.constexpr = tma.make_tensor_descriptor
+    if IS_SEGMENT:
+        rows = gl.maximum(gl.minimum(rows, own * BT), 1)
     places = gl.cdiv(rows, BT)
     d_dS = make(p_dstates, [places, 128, 128], [HV * 16384, 128, 1], STATE, TILE_3)
     d_dr = make(dr[0], [rows, 128], [dr[1], 1], [BT, 64], TILE)
@@ -83,12 +86,15 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
     o_v = i_first + gl.arange(0, 64, layout=SR)
     o_k = gl.arange(0, 128, layout=SC)
     if HAS_DFINAL_STATE:
-        p_dS, stride_v, stride_k = read
+        p_dS, stride_v, stride_k, m_read = read
         p_dS += o_v[:, None] * stride_v + o_k[None, :] * stride_k
-        b_dS = gl.load(p_dS).to(gl.float32)
+        b_dS = gl.load(p_dS, m_read, 0.0).to(gl.float32)
     t_dS = s_dS.index(HALF)
     for i in range(chunks):
         i_t = chunks - 1 - i
+        if IS_SEGMENT:
+            # Of chunks after its own nothing is written: past the end.
+            i_t = gl.where(i_t < own, i_t, chunks)
         i_place, i_stage = i % PLACES, i % STAGES
         i_gate = i_stage * GATES
         i_phase = (i // STAGES) & 1
@@ -140,8 +146,9 @@ def walk(tiles, gates, bars, sources, sizes, C: gl.constexpr, HALF: gl.constexpr
         tma.async_copy_shared_to_global(d_dr, [i_t * BT, i_first], t_dr)
         b_dS = warpgroup_mma_wait(0, deps=(b_dS,))
     if HAS_INITIAL_STATE:
-        p_dS = write + (o_v[:, None] * 128 + o_k[None, :])
-        gl.store(p_dS, b_dS.to(write.dtype.element_ty))
+        p_dS, m_write = write
+        p_dS += o_v[:, None] * 128 + o_k[None, :]
+        gl.store(p_dS, b_dS.to(p_dS.dtype.element_ty), m_write)
     tma.store_wait(0)
 
 

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .chunk_backward_gates import BT
+from .chunk_forget_hopper import all_forget, find_forgotten, find_forgotten_back, find_segment
 from .chunk_scan_hopper import load_bounds_of_sequence
 from .chunk_scan_walk import tile_layout
 
@@ -38,6 +39,39 @@ def sequence_of_program(
         i_b = i_b * 0
         i_place = (i_start // BT + i_n).to(gl.int64)
     return i_v, i_hv, i_n, i_b, i_first, i_place, length
+
+
+@gluon.jit
+def segment_of_program(
+    kept, i_s, i_hv, T, B, HV: gl.constexpr, S: gl.constexpr, IS_BACK: gl.constexpr
+):
+    """What a program of a segment has: the row of the batch, and chunks of its sequence.
+
+    Those that it walks, from the first to the one after the last, then those of them that it
+    writes. Where not all segments forget (chunk_forget.py), the first program of a sequence has
+    all, and others none.
+    """
+    SEGMENTS: gl.constexpr = S[0]
+    LEAST: gl.constexpr = S[1]
+    FORGOTTEN: gl.constexpr = S[2]
+    LOOK: gl.constexpr = S[3]
+    BN: gl.constexpr = S[4]
+    all_chunks = gl.cdiv(T, BT)
+    chunks, i_n, i_segment = find_segment(i_s, T, B, BT, SEGMENTS, LEAST)
+    first = i_segment * chunks
+    end = gl.minimum(first + chunks, all_chunks)
+    p_kept = kept + (i_n * all_chunks * HV + i_hv)
+    begin, stop = first, end
+    if IS_BACK:
+        rest = all_chunks - end
+        stop = end + find_forgotten_back(p_kept + end * HV, rest, HV, FORGOTTEN, LOOK)
+    else:
+        begin = find_forgotten(p_kept, first, HV, FORGOTTEN, LOOK)
+    is_early = all_forget(kept, T, B, chunks, HV, BT, FORGOTTEN, LOOK, BN, IS_BACK)
+    whole = gl.where(i_segment == 0, all_chunks, 0)
+    begin, first = gl.where(is_early, begin, 0), gl.where(is_early, first, 0)
+    end, stop = gl.where(is_early, end, whole), gl.where(is_early, stop, whole)
+    return i_n, begin, stop, first, end
 
 
 @gluon.jit

@@ -10,8 +10,9 @@ FORGOTTEN`` together, the state that enters it is what these chunks make of none
 
 Tensors, beside those of the glossary:
 
-    kept  [places, HV]  float32, of each place of a chunk that is one of the last LOOK of a segment:
-                        the sum of log2 of what is above, or a little more
+    kept  [places, HV]  float32, of each place of a chunk that is one of the last LOOK of a segment,
+                        and with AT_STARTS one of the first: the sum of log2 of what is above, or a
+                        little more
 """
 
 import triton
@@ -102,6 +103,7 @@ def kept_kernel(
     HAS_BETA: tl.constexpr,
     IS_VARLEN: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
+    AT_STARTS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LEAST: tl.constexpr,
     LOOK: tl.constexpr,
@@ -110,12 +112,14 @@ def kept_kernel(
     BH: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One chunk of a segment and key head; the grid is ``segments * LOOK * H``."""
+    """One chunk of a segment and key head; the grid is ``segments * LOOK * H``, or twice that."""
+    SIDES: tl.constexpr = 2 if AT_STARTS else 1
     i_h = tl.program_id(0) % H
-    i_s = tl.program_id(0) // (H * LOOK)
+    i_look = tl.program_id(0) // H % (LOOK * SIDES)
+    i_s = tl.program_id(0) // (H * LOOK * SIDES)
     chunks = segment_chunks(T, B, BT, SEGMENTS, LEAST)
     if IS_VARLEN:
-        N = tl.num_programs(0) // (H * LOOK) - tl.cdiv(T, chunks * BT)
+        N = tl.num_programs(0) // (H * LOOK * SIDES) - tl.cdiv(T, chunks * BT)
         i_n, i_segment = find_chunk(cu_seqlens, i_s, stride_cu_seqlens_n, N, chunks * BT, BN)
         i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
         i_place = i_start // BT + i_n
@@ -126,10 +130,18 @@ def kept_kernel(
         i_start = 0
         length = T
         i_b = i_n.to(tl.int64)
-    i_chunk = (i_segment + 1) * chunks - 1 - tl.program_id(0) // H % LOOK
-    # Of the last segment, which hands nothing on, nothing is looked at.
-    if (i_chunk >= i_segment * chunks) & ((i_segment + 1) * chunks * BT < length):
-        o_t = (i_start + i_chunk * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    # Of the last segment, which hands nothing on, no end is looked at.
+    i_chunk = (i_segment + 1) * chunks - 1 - i_look
+    is_seen = (i_chunk >= i_segment * chunks) & ((i_segment + 1) * chunks * BT < length)
+    if AT_STARTS:
+        i_start_chunk = i_segment * chunks + i_look - LOOK
+        m_start = (i_look - LOOK < chunks) & (i_segment > 0) & (i_start_chunk * BT < length)
+        is_seen = tl.where(i_look < LOOK, is_seen, m_start)
+        i_chunk = tl.where(i_look < LOOK, i_chunk, i_start_chunk)
+    if is_seen:
+        o_i = i_chunk * BT + tl.arange(0, BT)
+        m_t = (o_i < length)[:, None]
+        o_t = (i_start + o_i).to(tl.int64)[:, None]
         o_h = tl.arange(0, BH)
         m_h = (o_h < HV // H)[None, :]
         o_hv = i_h * (HV // H) + o_h[None, :]
@@ -137,15 +149,15 @@ def kept_kernel(
         if not USE_QK_L2NORM:
             o_k = tl.arange(0, BK)[None, :]
             p_k = k + i_b * stride_k_b + o_t * stride_k_t + i_h * stride_k_h + o_k * stride_k_k
-            b_erased *= squares(tl.load(p_k, o_k < K, 0.0).to(tl.float32))[:, None]
+            b_erased *= squares(tl.load(p_k, m_t & (o_k < K), 0.0).to(tl.float32))[:, None]
         if HAS_BETA:
             p_beta = beta + i_b * stride_beta_b + o_t * stride_beta_t + o_hv * stride_beta_h
-            b_erased *= tl.load(p_beta, m_h, 0.0).to(tl.float32)
+            b_erased *= tl.load(p_beta, m_t & m_h, 0.0).to(tl.float32)
         # The logarithm of what is at least 1 is at most what it is above 1. Of normalised keys the
         # square is 1 or less, which changes neither side.
         b_kept = tl.maximum(tl.abs(1.0 - b_erased) - 1.0, 0.0)
         if HAS_G:
             p_g = g + i_b * stride_g_b + o_t * stride_g_t + o_hv * stride_g_h
-            b_kept += tl.load(p_g, m_h, 0.0).to(tl.float32)
+            b_kept += tl.load(p_g, m_t & m_h, 0.0).to(tl.float32)
         p_kept = kept + (i_place + i_chunk).to(tl.int64) * HV + o_hv
         tl.store(p_kept, tl.sum(b_kept, 0)[None, :] * 1.4426950408889634, m_h)

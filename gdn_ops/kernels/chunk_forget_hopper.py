@@ -28,6 +28,17 @@ def find_forgotten(p_kept, chunks, HV: gl.constexpr, FORGOTTEN: gl.constexpr, LO
 
 
 @gluon.jit
+def find_forgotten_back(
+    p_kept, chunks, HV: gl.constexpr, FORGOTTEN: gl.constexpr, LOOK: gl.constexpr
+):
+    """Of ``chunks`` so many that the first ones, of LOOK, leave nothing of the state; or all."""
+    i_c = gl.arange(0, LOOK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    b_kept = gl.load(p_kept + i_c * HV, i_c < chunks, 0.0)
+    b_kept = gl.associative_scan(b_kept, 0, plus)
+    return gl.min(gl.where((i_c < chunks) & (b_kept < FORGOTTEN), i_c + 1, chunks), 0)
+
+
+@gluon.jit
 def all_forget(
     kept,
     T,
@@ -38,17 +49,23 @@ def all_forget(
     FORGOTTEN: gl.constexpr,
     LOOK: gl.constexpr,
     BN: gl.constexpr,
+    IS_BACK: gl.constexpr = False,
 ):
-    """Whether every segment of a batch may begin LOOK chunks earlier, or with its sequence."""
+    """Whether every segment of a batch may begin LOOK chunks earlier, or with its sequence.
+
+    With IS_BACK whether walks from the last chunk to the first may, which begin after segments.
+    """
     all_chunks = gl.cdiv(T, BT)
     ends = gl.cdiv(all_chunks, chunks) - 1
-    o_c = gl.arange(0, LOOK, layout=gl.SliceLayout(1, LOOKED_AT))[:, None] - LOOK
+    o_c = gl.arange(0, LOOK, layout=gl.SliceLayout(1, LOOKED_AT))[:, None]
+    if not IS_BACK:
+        o_c = o_c - LOOK
     remember = ends * 0
     for i_first in range(0, B * ends * HV, BN):
         o_s = i_first + gl.arange(0, BN, layout=gl.SliceLayout(0, LOOKED_AT))
         i_end = (o_s // HV % ends + 1) * chunks
         o_kept = (o_s // HV // ends * all_chunks + i_end) * HV + o_s % HV
-        m_s = (o_s < B * ends * HV) & (i_end > LOOK)
+        m_s = (o_s < B * ends * HV) & ((all_chunks - i_end if IS_BACK else i_end) > LOOK)
         p_kept = kept + (o_kept[None, :] + o_c * HV)
         b_kept = gl.sum(gl.load(p_kept, m_s[None, :], FORGOTTEN), 0)
         # Written so that a NaN is remembered. The others are LOOK times FORGOTTEN.

@@ -158,8 +158,9 @@ def bound_kept(
     use_qk_l2norm: bool,
     BT: int,
     split: Split,
+    at_starts: bool = False,
 ) -> Tensor:
-    """``kept`` of chunk_forget.py."""
+    """``kept`` of chunk_forget.py, with ``at_starts`` also of chunks that begin segments."""
     B, T, H, K = k.shape
     places, N = cdiv(T, BT), None
     if cu_seqlens is not None:
@@ -168,7 +169,7 @@ def bound_kept(
     kept = torch.empty((B * places, HV), dtype=torch.float32, device=k.device)
     launch(
         kept_kernel,
-        B * split.places(T, B, BT, N) * LOOK * H,
+        B * split.places(T, B, BT, N) * LOOK * (1 + at_starts) * H,
         (k, g, beta, cu_seqlens, kept),
         (*k.stride(), *strides(g, 3), *strides(beta, 3), *strides(cu_seqlens, 1), T, B),
         num_warps=4,
@@ -180,6 +181,7 @@ def bound_kept(
         HAS_BETA=beta is not None,
         IS_VARLEN=cu_seqlens is not None,
         USE_QK_L2NORM=use_qk_l2norm,
+        AT_STARTS=at_starts,
         SEGMENTS=split.SEGMENTS,
         LEAST=split.LEAST,
         LOOK=LOOK,

@@ -27,36 +27,38 @@ def kernels():
     return chunk_backward
 
 
-def _gradients(kernels, tensors, bounds, walks, monkeypatch, **options):
+def _gradients(kernels, tensors, bounds, walks, monkeypatch, split=None, **options):
     """By the kernels in Gluon, with 1 or 2 groups that walk; one program has all gradients."""
     from gdn_ops.kernels import (
         chunk_backward_gates,
         chunk_backward_gradients_hopper,
         chunk_backward_gradients_products,
         chunk_backward_gradients_roles,
+        chunk_backward_hopper,
         chunk_backward_replay_hopper,
         chunk_backward_reverse_hopper,
         chunk_backward_reverse_walk,
         chunk_backward_walk,
+        chunk_forget_hopper,
     )
+    from gdn_ops.kernels.chunk_segments import WHOLE
     from gdn_ops.kernels.configs import Gpu
 
     modules = (
         *(chunk_backward_gates, chunk_backward_replay_hopper, chunk_backward_reverse_hopper),
         *(chunk_backward_reverse_walk, chunk_backward_walk, chunk_backward_gradients_hopper),
-        *(chunk_backward_gradients_products, chunk_backward_gradients_roles),
+        *(chunk_backward_gradients_products, chunk_backward_gradients_roles, chunk_forget_hopper),
     )
     q, k, v, g, beta, initial_state = tensors
     N = q.shape[0] if bounds is None else bounds.shape[0] - 1
     dtype = torch.float32 if initial_state is None else initial_state.dtype
     do, dfinal_state = upstream_of((v, torch.empty(N, *v.shape[2:], q.shape[3], dtype=dtype)))
-    own = kernels.pick_walks
+    own = chunk_backward_hopper.pick_rows
+    heads, gpu = 1 if walks == 1 else 1000, Gpu("interpreter", 2, False)
+    monkeypatch.setattr(chunk_backward_hopper, "pick_rows", lambda *_: own(heads, gpu))
+    monkeypatch.setattr(chunk_backward_hopper, "pick_split", lambda *_: split or WHOLE)
     monkeypatch.setattr(kernels, "serves_backward", lambda *_: True)
     monkeypatch.setattr(kernels, "_use_descriptors", lambda *_: True)
-    pick = functools.partial(own, 1 if walks == 1 else 1000)
-    monkeypatch.setattr(
-        kernels, "pick_walks", lambda _heads, gpu: pick(gpu._replace(multiprocessors=2))
-    )
     monkeypatch.setattr(kernels.chunk, "_gpu_at", lambda _: Gpu("interpreter", 1, False))
     with interpreted(modules, monkeypatch) as launchers:
         found = kernels.chunk_backward(
@@ -140,3 +142,36 @@ def _plain_dg(kernels, tensors, bounds, options):
     N = q.shape[0] if bounds is None else bounds.shape[0] - 1
     states = torch.empty(N, *v.shape[2:], q.shape[3], dtype=initial_state.dtype)
     return kernels.chunk_backward(*upstream_of((v, states)), *tensors, bounds, **options)[3]
+
+
+@pytest.mark.parametrize("walks", [1, 2])
+@pytest.mark.parametrize("rates", [(0.0, 0.2), (0.3, 0.2)], ids=["some forget", "all forget"])
+@pytest.mark.parametrize("T", [650, 704])
+def test_segments_agree_with_whole_sequences(T, rates, walks, kernels, monkeypatch):
+    """Of chunks that are read for a state alone nothing is written, and of the others all."""
+    from gdn_ops.kernels import chunk_segments
+
+    monkeypatch.setattr(chunk_segments, "LOOK", 4)
+    tensors, _, options = _batch(B=2, T=T, **NORMS)
+    tensors[3].mul_(1 / 64).sub_(torch.tensor(rates))
+    whole = _gradients(kernels, tensors, None, walks, monkeypatch, **options)
+    split = chunk_segments.Split(4, 1, has_maps=False)
+    found = _gradients(kernels, tensors, None, walks, monkeypatch, split, **options)
+    for x, y in zip(found, whole, strict=True):
+        assert (x.float() - y.float()).norm() <= 2**-12 * y.float().norm()
+
+
+def test_gradients_of_segments_do_not_read_what_is_forgotten(kernels, monkeypatch):
+    from gdn_ops.kernels import chunk_segments
+
+    monkeypatch.setattr(chunk_segments, "LOOK", 4)
+    tensors, _, options = _batch(T=704, **NORMS)
+    tensors[3].sub_(0.3)
+    tensors[2][:, 3] = torch.nan
+    split = chunk_segments.Split(2, 1, has_maps=False)
+    _, _, dv, *_ = _gradients(kernels, tensors, None, 1, monkeypatch, split, **options)
+    whole = _gradients(kernels, tensors, None, 1, monkeypatch, **options)[1]
+    dk = _gradients(kernels, tensors, None, 1, monkeypatch, split, **options)[1]
+    assert dv.isfinite().all()
+    assert dk[:, 384:].isfinite().all()
+    assert whole[:, 384:].isnan().any()
