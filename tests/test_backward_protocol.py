@@ -80,7 +80,7 @@ def _reverse(role, chunks, halves, _has_norms, monkeypatch):
         function(
             _named(trace, "q k do X P dS"),
             _named(trace, "gates full_g free_g"),
-            _named(trace, "full free full_P"),
+            _named(trace, "full free full_P free_P"),
             (of_tokens, (ANY, ANY, ANY), (ANY, (ANY, ANY), (ANY, ANY, ANY, ANY), (ANY, ANY))),
             (0, ANY, ANY, chunks, ANY),
             (1.0, 2, True, True, halves, True, True, True),
@@ -130,7 +130,7 @@ def _kernel(name, halves):
         return _replay, (*walks, "load", "gates"), counts, {"k": 16, "v": 8, "X": 8}
     if name == "reverse":
         counts = {"full": 1, "free": halves + 1, "full_g": 1, "free_g": halves + 1}
-        counts |= {"full_P": 1}
+        counts |= {"full_P": 1, "free_P": 1}
         return (
             *(_reverse, (*walks, "weigh", "load", "gates"), counts),
             {"q": 16, "k": 16, "do": 8, "X": 8},

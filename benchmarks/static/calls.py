@@ -92,6 +92,11 @@ def prefill_segments() -> None:
     chunk.chunk(*tokens(1, 8200, heads=few), initial, use_qk_l2norm=True)
 
 
+def prefill_early() -> None:
+    """Two segments, if all heads forget."""
+    chunk.chunk(*tokens(1, 16400), states(1, FP32))
+
+
 def prefill_pool() -> None:
     slots = (integers(7), new(7, dtype=torch.bool), integers(8), integers(7))
     chunk.chunk_(*tokens(1, 1000), states(33), *slots, use_qk_l2norm=True)
@@ -105,9 +110,9 @@ def prefill_pointers() -> None:
     chunk.chunk(q, k, v, *tokens(16, 1000)[3:])
 
 
-def gradient(dtype: torch.dtype = BF16, K: int = K, B: int = 2) -> None:
-    inputs = (*tokens(B, 1000, dtype, K), states(B, dtype, K), None)
-    do, dfinal_state = new(B, 1000, HV, V, dtype=dtype), states(B, dtype, K)
+def gradient(dtype: torch.dtype = BF16, K: int = K, B: int = 2, T: int = 1000) -> None:
+    inputs = (*tokens(B, T, dtype, K), states(B, dtype, K), None)
+    do, dfinal_state = new(B, T, HV, V, dtype=dtype), states(B, dtype, K)
     chunk_backward.chunk_backward(do, dfinal_state, *inputs, use_qk_l2norm=True)
 
 
@@ -142,6 +147,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=128, bf16": lambda: prefill(16),
     "prefill K=128, bf16, one sequence": lambda: prefill(1),
     "prefill K=128, bf16, segments": prefill_segments,
+    "prefill K=128, bf16, two segments": prefill_early,
     "prefill K=128, bf16, pointers": prefill_pointers,
     "prefill K=128, bf16, packed, pool": prefill_pool,
     "prefill K=128, bf16, two kernels": lambda: in_two_kernels(lambda: prefill(16)),
@@ -157,6 +163,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=256, bf16": lambda: prefill(16, K=256),
     "gradient K=128, bf16": gradient,
     "gradient K=128, bf16, many sequences": lambda: gradient(B=16),
+    "gradient K=128, bf16, two segments": lambda: gradient(B=1, T=2100),
     "gradient K=128, bf16, plain": lambda: plainly(gradient),
     "gradient K=128, fp32": lambda: gradient(FP32),
     "gradient K=64, bf16": lambda: gradient(K=64),

@@ -84,19 +84,21 @@ def product(t_x, t_y):
 
 
 @gluon.jit
-def weigh_pairs(b_x, t_gates, i_gate, valid, zero, HALF: gl.constexpr):
+def weigh_pairs(b_x, t_gates, i_gate, valid, zero, HALF: gl.constexpr, IS_VARLEN: gl.constexpr):
     """Of products of tokens dqk or dkk, and the diagonal that they had."""
     o_r = gl.arange(0, BT, layout=XR)[:, None]
     o_c = gl.arange(0, BT, layout=XC)[None, :]
-    # Columns that are not valid are above the diagonal of rows that are.
-    m_r = o_r < valid
+    m_pair = o_r >= o_c if HALF == 0 else o_r > o_c
+    # Rows of another sequence; columns that are not valid are above the diagonal of rows that are.
+    if IS_VARLEN:
+        m_pair = m_pair & (o_r < valid)
     b_to = t_gates.index(i_gate + (TO_Q if HALF == 0 else TO_K)).load(XR)
     b_D = gl.exp2(b_to[:, None] - t_gates.index(i_gate + FROM).load(XC)[None, :])
     if HALF == 0:
-        return gl.where(m_r & (o_r >= o_c), b_x * b_D, zero), gl.zeros((BT,), gl.float32, XR)
+        return gl.where(m_pair, b_x * b_D, zero), gl.zeros((BT,), gl.float32, XR)
     b_own = gl.sum(gl.where(o_r == o_c, b_x, 0.0), 1)
     b_x = b_x * -t_gates.index(i_gate + BETA).load(XR)[:, None]
-    return gl.where(m_r & (o_r > o_c), b_x * b_D, zero), b_own
+    return gl.where(m_pair, b_x * b_D, zero), b_own
 
 
 @gluon.jit
@@ -167,7 +169,7 @@ def multiply(tiles, gates, bars, tokens, sizes, C: gl.constexpr, HALF: gl.conste
             b_x = product(t_do if HALF == 0 else t_dr, t_u.permute((1, 0)))
             mbarrier.wait(full_g.index(j % STAGES), (j // STAGES) & 1)
             b_x = warpgroup_mma_wait(0, deps=(b_x,))
-            b_x, b_own = weigh_pairs(b_x, s_gates, i_gate, valid, zero, HALF)
+            b_x, b_own = weigh_pairs(b_x, s_gates, i_gate, valid, zero, HALF, IS_VARLEN)
             # Both groups are done with those of the head before: else dr, whose place u has, would
             # not be free.
             s_F.index(HALF + i_zero).store(b_x.to(DOT))

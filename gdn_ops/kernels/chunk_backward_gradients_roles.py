@@ -47,7 +47,7 @@ def make_gates(tiles, gates, bars, tokens, sizes, C: gl.constexpr):
             if HAS_BETA:
                 p_beta += i_b.to(gl.int64) * stride_b + i_t.to(gl.int64) * stride_t
                 p_beta += i_hv * stride_h
-            b_gates = load_gates(p_row, p_beta, stride_t, valid, HAS_BETA, NORMS)
+            b_gates = load_gates(p_row, p_beta, stride_t, valid, HAS_BETA, NORMS, C[6])
             store_gates((gates[0], bars[0][4], bars[0][5]), j, b_gates, scale, NORMS)
 
 

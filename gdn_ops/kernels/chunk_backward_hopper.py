@@ -13,7 +13,7 @@ from .configs import Gpu, cdiv, next_power_of_2
 from .launch import OPTIONS, strides
 
 # Chunks of a segment in the stages that walk, at least.
-LEAST = 32
+LEAST = 16
 
 
 def serves_backward(

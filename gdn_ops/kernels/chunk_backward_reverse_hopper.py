@@ -186,6 +186,7 @@ def reverse_hopper_kernel(
     full_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     free_g = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     full_P = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    free_P = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     for i in gl.static_range(PLACES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=HALVES + 1)
@@ -193,6 +194,7 @@ def reverse_hopper_kernel(
         mbarrier.init(full_g.index(i), count=1)
         mbarrier.init(free_g.index(i), count=HALVES + 1)
         mbarrier.init(full_P.index(i), count=1)
+        mbarrier.init(free_P.index(i), count=1)
     fence_async_shared()
     group_barrier()
     C: gl.constexpr = (
@@ -210,7 +212,7 @@ def reverse_hopper_kernel(
     args = (
         (s_q, s_k, s_do, s_X, s_P, s_dS),
         (s_gates, full_g, free_g),
-        (full, free, full_P),
+        (full, free, full_P, free_P),
         (
             ((p_q, stride_q_t), (p_k, stride_k_t), (p_do, stride_do_t), p_X),
             of_gates,
