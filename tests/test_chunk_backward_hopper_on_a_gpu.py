@@ -33,23 +33,23 @@ def is_served(cuda):
 
 def by(form, call):
     """The results of ``call`` by walks of 1 or 2 warp groups, 0: by the plain kernels."""
-    from gdn_ops.kernels import chunk_backward
+    from gdn_ops.kernels import chunk_backward, chunk_backward_hopper
 
-    own, launch = chunk_backward.pick_walks, chunk_backward.launch_gradients
+    own, launch = chunk_backward_hopper.pick_rows, chunk_backward.launch_gradients
 
-    def pick(heads, gpu):
+    def pick(_heads, gpu):
         return own(1 if form == 1 else gpu.multiprocessors, gpu)
 
-    walks = mock.Mock(side_effect=pick)
+    rows = mock.Mock(side_effect=pick)
     gradients = mock.Mock(side_effect=launch)
     serves = chunk_backward.serves_backward if form else lambda *_: False
     with (
-        mock.patch.object(chunk_backward, "pick_walks", walks),
+        mock.patch.object(chunk_backward_hopper, "pick_rows", rows),
         mock.patch.object(chunk_backward, "launch_gradients", gradients),
         mock.patch.object(chunk_backward, "serves_backward", serves),
     ):
         results = call()
-    assert walks.called == bool(form)
+    assert rows.called == bool(form)
     return results, gradients.called
 
 
@@ -185,6 +185,25 @@ def test_many_chunks_of_a_program_agree_with_the_plain_kernels(has_norms):
     assert is_hopper
     for x, y in zip(found, plain, strict=True):
         assert (x.float() - y.float()).norm() <= 2**-7 * y.float().norm()
+
+
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("has_norms", [False, True], ids=["as given", "norms"])
+@pytest.mark.parametrize("rates", [(0.0, 0.1), (0.05, 0.1)], ids=["some forget", "all forget"])
+def test_segments_agree_with_whole_sequences(rates, has_norms, form, monkeypatch):
+    from gdn_ops.kernels import chunk_backward_hopper
+    from gdn_ops.kernels.chunk_segments import WHOLE
+
+    args, options = make_batch(2, 5000, **(NORMS if has_norms else {}))
+    args[3] = args[3] / 64 - torch.tensor(rates, device="cuda")
+    own = mock.Mock(side_effect=chunk_backward_hopper.pick_split)
+    monkeypatch.setattr(chunk_backward_hopper, "pick_split", own)
+    found, _ = by(form, lambda: gradients_of(gdn_ops.chunk, args, **options))
+    assert own(*own.call_args.args) != WHOLE
+    monkeypatch.setattr(chunk_backward_hopper, "pick_split", lambda *_: WHOLE)
+    whole, _ = by(form, lambda: gradients_of(gdn_ops.chunk, args, **options))
+    for x, y in zip(found, whole, strict=True):
+        assert (x.float() - y.float()).norm() <= 2**-12 * y.float().norm()
 
 
 def test_the_operator_is_served_by_them_in_eager_mode():
