@@ -4,6 +4,8 @@ import inspect
 import warnings
 from collections.abc import Callable
 
+from torch import Tensor
+
 from benchmarks.cases import Case
 from benchmarks.contender import Call, NotServed, gradients, tokens_of
 from benchmarks.peers.gates import gated
@@ -26,8 +28,18 @@ def functions() -> tuple[Callable, Callable]:
     )
 
 
+def of_repeated_heads(function: Callable) -> Callable:
+    """As layers of transformers 5.17 call it: a key head for each value head."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple:
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+        return function(q, k, v, **options)
+
+    return call
+
+
 def make_call(row: Row, case: Case) -> Call:
-    chunked, recurrent = functions()
+    chunked, recurrent = map(of_repeated_heads, functions())
     if row.name in ("verify", "verify_once"):
         raise NotServed("no step of several tokens that keeps the state after each")
     if row.N * row.T > MOST_TOKENS:
