@@ -194,7 +194,7 @@ def test_segments_agree_with_whole_sequences(rates, has_norms, form, monkeypatch
     from gdn_ops.kernels import chunk_backward_hopper
     from gdn_ops.kernels.chunk_segments import WHOLE
 
-    args, options = make_batch(2, 5000, **(NORMS if has_norms else {}))
+    args, options = make_batch(2, 9000, **(NORMS if has_norms else {}))
     args[3] = args[3] / 64 - torch.tensor(rates, device="cuda")
     own = mock.Mock(side_effect=chunk_backward_hopper.pick_split)
     monkeypatch.setattr(chunk_backward_hopper, "pick_split", own)
