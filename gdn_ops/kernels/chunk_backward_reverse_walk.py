@@ -29,6 +29,7 @@ from .chunk_scan_walk import group_barrier
 @gluon.jit
 def weigh(tiles, gates, bars, sources, sizes, C: gl.constexpr):
     """The role of a warp group: what a token's output has of what others write, P."""
+    HALVES: gl.constexpr = C[4]
     s_q, s_k, s_P = tiles[0], tiles[1], tiles[4]
     s_gates, full_g, free_g = gates
     full, free, full_P, free_P = bars
@@ -54,7 +55,7 @@ def weigh(tiles, gates, bars, sources, sizes, C: gl.constexpr):
         # The place is free, as that of the gates was, and needs no barrier. But with one, machine
         # code for one walk comes out that takes 189 us for 8192 tokens, without 220 (H200, Triton
         # 3.6, 2026-11-30); for two it would spill in loops.
-        if C[4] == 1:
+        if HALVES == 1:
             mbarrier.wait(free_P.index(i_stage), i_phase ^ 1)
         s_P.index(i_stage).store(b_P.to(DOT))
         fence_async_shared()

@@ -37,7 +37,7 @@ def find_segment(i_s, T, chunks, BT: tl.constexpr):
 
 @triton.jit
 def find_forgotten(p_kept, chunks, HV: tl.constexpr, FORGOTTEN: tl.constexpr, LOOK: tl.constexpr):
-    """The last of ``chunks`` that nothing is left of the state before, of LOOK; or 0."""
+    """Of the last LOOK of ``chunks`` the last that nothing is left of the state before; or 0."""
     i_c = chunks - LOOK + tl.arange(0, LOOK)
     b_kept = tl.load(p_kept + i_c * HV, i_c >= 0, 0.0)
     b_kept = tl.cumsum(b_kept, 0, reverse=True)

@@ -20,7 +20,7 @@ def find_segment(i_s, T, B, BT: gl.constexpr, SEGMENTS: gl.constexpr, LEAST: gl.
 
 @gluon.jit
 def find_forgotten(p_kept, chunks, HV: gl.constexpr, FORGOTTEN: gl.constexpr, LOOK: gl.constexpr):
-    """The last of ``chunks`` that nothing is left of the state before, of LOOK; or 0."""
+    """Of the last LOOK of ``chunks`` the last that nothing is left of the state before; or 0."""
     i_c = chunks - LOOK + gl.arange(0, LOOK, layout=gl.BlockedLayout([1], [32], [4], [0]))
     b_kept = gl.load(p_kept + i_c * HV, i_c >= 0, 0.0)
     b_kept = gl.associative_scan(b_kept, 0, plus, reverse=True)
@@ -31,7 +31,7 @@ def find_forgotten(p_kept, chunks, HV: gl.constexpr, FORGOTTEN: gl.constexpr, LO
 def find_forgotten_back(
     p_kept, chunks, HV: gl.constexpr, FORGOTTEN: gl.constexpr, LOOK: gl.constexpr
 ):
-    """Of ``chunks`` so many that the first ones, of LOOK, leave nothing of the state; or all."""
+    """Of the first LOOK of ``chunks`` so many that nothing is left of a state after; or all."""
     i_c = gl.arange(0, LOOK, layout=gl.BlockedLayout([1], [32], [4], [0]))
     b_kept = gl.load(p_kept + i_c * HV, i_c < chunks, 0.0)
     b_kept = gl.associative_scan(b_kept, 0, plus)

@@ -63,7 +63,7 @@ AXES = {
     "read_indices": "n",
     "o": "bthv",
 }
-SIZES = {"T": "q_t", "B": "q_b"}
+SIZES = {"T": "q_t", "B": "segment_states_b"}
 
 
 @triton.jit
