@@ -19,7 +19,7 @@ import torch
 from inputs import cu_seqlens, indices, make_convolution, make_inputs, make_state
 
 import gdn_ops
-from gdn_ops.kernels import chunk, chunk_backward
+from gdn_ops.kernels import chunk, chunk_backward, chunk_backward_hopper
 from gdn_ops.kernels.chunk_hopper import serves
 from gdn_ops.kernels.chunk_segments import Split
 from gdn_ops.kernels.configs import gpu_at
@@ -55,7 +55,8 @@ def delta_rule(dtype, packed, sizes):
 
 
 def segments(dtype, packed, sizes):
-    """Prefills that are split, into segments of one chunk: on a pool, and of heads that forget."""
+    """What is split, into segments of one chunk: a prefill on a pool, and one of heads that forget,
+    with its gradient."""
     _, HV, K, V = sizes
     shape = (1, 205) if packed else (2, 150)
     bounds = cu_seqlens((130, 70), device="cuda") if packed else None
@@ -64,9 +65,14 @@ def segments(dtype, packed, sizes):
     slots = indices([4, 2], device="cuda")
     with mock.patch.object(chunk, "choose", return_value=Split(1000, 1)):
         chunk.chunk_(*tokens, pool, slots, cu_seqlens=bounds, use_qk_l2norm=packed)
-    with mock.patch.object(chunk, "choose", return_value=Split(1000, 1, has_maps=False)):
-        if not packed:
-            chunk.chunk(*tokens._replace(g=tokens.g - 1))
+    if packed:
+        return
+    tokens, state = tokens._replace(g=tokens.g - 1), make_state(2, HV, V, K, device="cuda")
+    split = Split(1000, 1, has_maps=False)
+    with mock.patch.object(chunk, "choose", return_value=split):
+        o, final_state = chunk.chunk(*tokens, state)
+    with mock.patch.object(chunk_backward_hopper, "pick_split", return_value=split):
+        chunk_backward.chunk_backward(o, final_state, *tokens, state)
 
 
 def in_one_kernel(dtype, packed, sizes):
