@@ -18,11 +18,11 @@ def segments(monkeypatch):
     return chunk_segments
 
 
-def _tokens(B, T, H=2, HV=4, rate=0.0):
+def _tokens(B, T):
     """Weights from -0.5 to 2.5, of which some amplify, and keys of every length."""
-    tokens = make_inputs(B, T, H, HV, K, V, torch.float32, strong_decay=False)
+    tokens = make_inputs(B, T, 2, 4, K, V, torch.float32, strong_decay=False)
     beta = 3 * tokens.beta - 0.5
-    return tokens._replace(g=tokens.g / 32 - rate, beta=beta, k=tokens.k / 3)
+    return tokens._replace(g=tokens.g / 32, beta=beta, k=tokens.k / 3)
 
 
 def _norm_of_map(k, g, beta):
@@ -64,8 +64,8 @@ def test_a_chunk_keeps_no_more_than_is_said(lengths, has_norm, segments):
 
 def test_of_weights_up_to_one_the_bound_is_the_decay(segments):
     tokens = _tokens(1, 100)
-    ones = torch.rand_like(tokens.beta)
-    kept = segments.bound_kept(tokens.k, 4, tokens.g, ones, None, True, BT, segments.Split(1000, 1))
+    beta = torch.rand_like(tokens.beta)
+    kept = segments.bound_kept(tokens.k, 4, tokens.g, beta, None, True, BT, segments.Split(1000, 1))
     expected = tokens.g[0, :96].double().unflatten(0, (3, BT)).sum(1) / torch.tensor(2.0).log()
     torch.testing.assert_close(kept[:3].double(), expected, atol=1e-5, rtol=1e-5)
 
