@@ -94,17 +94,16 @@ def _call(
         "PRECISION": repr(chunk_prepared.PRECISION),
     }
     generators = timing.of_rows(q, bounds, tensors["state_indices"])
-    _add_prepare(tensors, gates, choice, constants, generators)
+    _add_prepare(tensors, gates, tiles, gpu, constants, generators)
     constants |= {"USE_DESCRIPTORS": use_descriptors}
-    if split.has_maps:
+    if split != WHOLE:
         tensors["segment_states"] = chunk_segments.enter_segments(
             tensors, split, tiles, gpu, null_index, constants, generators
         )
-        if not in_place:
-            tensors["state"] = None  # the scan does not read it
-    if split != WHOLE:
         sequences = chunk_segments.places(v, bounds, tiles.BT, split) * B
         sequences += 0 if bounds is None else 1
+        if not in_place:
+            tensors["state"] = None  # the scan does not read it
     mutated = ["state" if in_place else "final_state"]
     shape = [B, T, HV, V]
     # New and contiguous, it fits a descriptor where v does.
@@ -145,12 +144,12 @@ def _call(
 def _add_prepare(
     tensors: dict[str, IRNode | None],
     gates: dict[str, Computed],
-    choice: Choice,
+    tiles: kernels.Tiles,
+    gpu: Gpu,
     constants: dict[str, Any],
     generators: dict[str, Any],
 ) -> None:
     """Put what ``prepare_kernel`` makes of q, k, g and beta in place of g and beta."""
-    gpu, tiles = choice.gpu, choice.tiles
     g, beta, bounds = tensors.pop("g"), tensors.pop("beta"), tensors["cu_seqlens"]
     q = tensors["q"]
     assert q is not None

@@ -111,17 +111,15 @@ def enter_segments(
     count = places(v, bounds, tiles.BT, split)
     shared: dict[str, Any] = {"HV": HV, "K": K, "V": V, "IS_VARLEN": bounds is not None}
     # Gates may be computed in prepare alone, so no template looks at what is forgotten.
-    shared["HAS_KEPT"] = False
+    shared |= {"HAS_KEPT": False, "BN": chunk_segments.BN, **split.constants()}
     carry = CARRY.call(
         {name: tensors.get(name) for name in chunk_carry.AXES if name != CARRY.output},
         _inductor.contiguous_layout(v, [B, count, HV, V + K, K], torch.float32),
         [_config(chunk_segments.carry_tiles(tiles.BV, gpu), tiles)],
         call_sizes=[B * count, HV, K, V],
         generators=generators,
-        BN=chunk_segments.BN,
         **{name: constants[name] for name in ("H", "USE_QK_L2NORM", "USE_DESCRIPTORS")},
         **{name: constants[name] for name in ("DOT", "PRECISION")},
-        **split.constants(),
         **shared,
     )
     inputs = {name: tensors.get(name) for name in chunk_chain.AXES if name != CHAIN.output}
@@ -137,8 +135,6 @@ def enter_segments(
         HAS_READ_INDICES=tensors["read_indices"] is not None,
         HAS_INITIAL_STATE=tensors["has_initial_state"] is not None,
         PRECISION=repr(chunk_segments.chain_precision(gpu)),
-        BN=chunk_segments.BN,
-        **split.constants(),
         **shared,
     )
     return _inductor.realize(entered)

@@ -145,7 +145,7 @@ def _launch(
         "DOT": DOT[q.dtype],
         "PRECISION": PRECISION,
     }
-    segment_states = None
+    walked, segment_states = N, None
     if kept is not None and split.has_maps:
         segment_states = enter_segments(
             *(k, v, inverse, G, kept, state),
@@ -156,7 +156,6 @@ def _launch(
             constants=constants,
             gpu=gpu,
         )
-    walked = N
     if split != WHOLE:
         walked = B * split.places(T, B, tiles.BT, N - 1 if is_packed else None) + is_packed
     is_split = is_packed and split != WHOLE

@@ -22,7 +22,7 @@ from .chunk_backward_hopper import launch_gradients, pick_walks, serves_backward
 from .chunk_backward_places import PLACE_BN
 from .chunk_backward_replay import chunk_replay_kernel
 from .chunk_backward_reverse import chunk_reverse_kernel
-from .chunk_prepared import DOT, PRECISION, prepare
+from .chunk_prepared import DOT, PRECISION, chunk_places, prepare
 from .chunk_segments import WHOLE, bound_kept
 from .configs import TRITON, Gpu
 from .launch import OPTIONS, fits_descriptor, strides
@@ -134,11 +134,10 @@ def chunk_backward(
     gpu = chunk._gpu_at(q.device.index)
     tiles = pick_backward(K, V, q.dtype, gpu, cu_seqlens is not None)
     BT = tiles.BT
-    G, inverse, *_ = prepare(
+    G, inverse, _ = prepare(
         *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, BT, tiles.BK, gpu), is_scaled=False
     )
-    places = triton.cdiv(T, BT)
-    places = B * places if cu_seqlens is None else places + N
+    places = chunk_places(B, T, BT, cu_seqlens)
     both_states = q.new_empty(2, places, HV, V, K)
     states, dstates = both_states
     writes = v.new_empty(2, B, T, HV, V)
@@ -178,13 +177,12 @@ def chunk_backward(
     walked = N
     is_hopper = serves_backward(do.dtype, q.dtype, K, V, use_descriptors, gpu)
     if is_hopper:
-        chunks = triton.cdiv(T, BT)
-        walks = pick_walks(N, chunks, HV, cu_seqlens is not None, gpu)
+        walks = pick_walks(N, triton.cdiv(T, BT), HV, cu_seqlens is not None, gpu)
+        walked = walks.walked
         forgets: dict[str, Any] = {"kept": None, "B": None}
         if walks.split != WHOLE:
             kept = bound_kept(k, HV, g, beta, None, use_qk_l2norm, BT, walks.split, at_starts=True)
             forgets = {"kept": kept, "B": B}
-            walked = B * walks.split.places(T, B, BT, None)
         replay, to_replay = walks.replay, scan | walks.of_replay | forgets
         reverse, to_reverse = walks.reverse, scan | walks.of_reverse | forgets
     rows = walked * HV * triton.cdiv(V, to_replay["BV"])

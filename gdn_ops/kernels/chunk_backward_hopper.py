@@ -42,6 +42,7 @@ class Walks(NamedTuple):
     """The kernels of the first two stages, each with what its launch has else."""
 
     split: Split
+    walked: int  # sequences, or segments
     replay: Any
     of_replay: dict[str, Any]
     reverse: Any
@@ -55,12 +56,14 @@ def pick_walks(N: int, chunks: int, HV: int, is_packed: bool, gpu: Gpu) -> Walks
     from .chunk_backward_reverse_hopper import reverse_hopper_kernel
 
     split = pick_split(N, chunks, HV, is_packed, gpu)
-    heads = HV * (N if split == WHOLE else N * split.places(chunks, N, 1, None))
-    BV, of_few_roles = pick_rows(heads, gpu)
+    walked = N if split == WHOLE else N * split.places(chunks, N, 1, None)
+    BV, of_few_roles = pick_rows(walked * HV, gpu)
     options: dict[str, Any] = {"BV": BV, "num_warps": 4, "num_stages": 1, "BN": BN}
     options |= split.constants()
     return Walks(
-        split, replay_hopper_kernel, options | of_few_roles, reverse_hopper_kernel, options
+        *(split, walked),
+        *(replay_hopper_kernel, options | of_few_roles),
+        *(reverse_hopper_kernel, options),
     )
 
 

@@ -69,12 +69,10 @@ def rows_of_decays(use_qk_l2norm: bool, is_scaled: bool) -> int:
     return 3 if use_qk_l2norm else 1 + is_scaled
 
 
-class Prepared(NamedTuple):
-    """What ``prepare_kernel`` makes; None for what was not asked for."""
-
-    G: Tensor
-    inverse: Tensor
-    weights: Tensor | None
+def chunk_places(B: int, T: int, BT: int, cu_seqlens: Tensor | None) -> int:
+    """Places of chunks (chunk_prepare.py)."""
+    chunks = cdiv(T, BT)
+    return B * chunks if cu_seqlens is None else chunks + cu_seqlens.shape[0] - 1
 
 
 def prepare(
@@ -91,12 +89,11 @@ def prepare(
     *,
     is_scaled: bool = True,
     starts_next: bool = False,
-) -> Prepared:
-    """Launch it; ``weights`` with ``is_scaled``."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``G``, ``inverse`` and with ``is_scaled`` ``weights`` of ``prepare_kernel``."""
     B, T, H, K = k.shape
     wide = torch.float64 if k.dtype == torch.float32 else torch.float32
-    places = cdiv(T, BT)
-    places = B * places if cu_seqlens is None else places + cu_seqlens.shape[0] - 1
+    places = chunk_places(B, T, BT, cu_seqlens)
     rows = rows_of_decays(use_qk_l2norm, is_scaled)
     G = torch.empty((places, HV, rows, BT), dtype=wide, device=k.device)
     inverse = torch.empty((B, T, HV, BT), dtype=k.dtype, device=k.device)
@@ -136,4 +133,4 @@ def prepare(
         num_warps=choice.num_warps,
         num_stages=1,
     )
-    return Prepared(G, inverse, weights)
+    return G, inverse, weights

@@ -28,11 +28,10 @@ state is made of, and stores nothing of their output.
 Tiles and flags: ``BT`` tokens of a chunk; ``BK >= K``; ``BV`` rows of a state; ``DOT`` the dtype of
 operands; ``PRECISION`` the ``input_precision`` of float32 products; ``INDEX`` the dtype of a
 token's index in ``o``, int64 where its offset may pass 2**31; ``SEGMENTS``, ``LEAST``,
-``FORGOTTEN`` and ``LOOK`` of chunk_carry.py, 1 and 0 where sequences are whole; BN segments are
-looked at together. With
-USE_DESCRIPTORS tokens are loaded by tensor descriptors, with USE_DESCRIPTOR_STORE the output is
-stored by one, where nothing is fused into its store: both need heads that start and end at
-multiples of 16 bytes, without gaps.
+``FORGOTTEN`` and ``LOOK`` of chunk_forget.py, 1 and 0 where sequences are whole; BN segments are
+looked at together. With USE_DESCRIPTORS tokens are loaded by tensor descriptors, with
+USE_DESCRIPTOR_STORE the output is stored by one, where nothing is fused into its store: both need
+heads that start and end at multiples of 16 bytes, without gaps.
 The output of a chunk is then put together and stored while the next chunk is computed, so that no
 product of the state waits for one of the output: Triton waits for a product where its result is
 used in the same round of a loop. With STORES_FIRST that comes before the decays are loaded, which

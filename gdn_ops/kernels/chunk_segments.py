@@ -18,6 +18,7 @@ from .chunk_carry import carry_kernel
 from .chunk_chain import chain_kernel
 from .chunk_forget import kept_kernel
 from .chunk_hopper import serves
+from .chunk_prepared import chunk_places
 from .configs import Gpu, cdiv, next_power_of_2
 from .launch import launch, strides
 
@@ -163,11 +164,9 @@ def bound_kept(
 ) -> Tensor:
     """``kept`` of chunk_forget.py, with ``at_starts`` also of chunks that begin segments."""
     B, T, H, K = k.shape
-    places, N = cdiv(T, BT), None
-    if cu_seqlens is not None:
-        N = cu_seqlens.shape[0] - 1
-        places += N
-    kept = torch.empty((B * places, HV), dtype=torch.float32, device=k.device)
+    N = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    places = chunk_places(B, T, BT, cu_seqlens)
+    kept = torch.empty((places, HV), dtype=torch.float32, device=k.device)
     launch(
         kept_kernel,
         B * split.places(T, B, BT, N) * LOOK * (1 + at_starts) * H,
@@ -228,6 +227,8 @@ def enter_segments(
         "K": K,
         "V": V,
         "IS_VARLEN": cu_seqlens is not None,
+        "BN": BN,
+        **split.constants(),
     }
     launch(
         carry_kernel,
@@ -235,11 +236,9 @@ def enter_segments(
         (k, v, inverse, decays, kept, cu_seqlens, carry),
         (*k.stride(), *v.stride(), *strides(cu_seqlens, 1), *carry.stride(), T, B),
         H=H,
-        BN=BN,
         HAS_KEPT=True,
         **carry_tile._asdict(),
         **sizes,
-        **split.constants(),
         **constants,
     )
     launch(
@@ -273,10 +272,8 @@ def enter_segments(
         HAS_READ_INDICES=read_indices is not None,
         HAS_INITIAL_STATE=has_initial_state is not None,
         PRECISION=chain_precision(gpu),
-        BN=BN,
         HAS_KEPT=cu_seqlens is None,
         **chain_tile._asdict(),
         **sizes,
-        **split.constants(),
     )
     return states
