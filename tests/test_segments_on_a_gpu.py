@@ -42,7 +42,7 @@ def make_memories(T=T, seed=0):
     """Tokens that forget so little that the first segment is seen in the last."""
     sizes = (1, T, H, HV, K, V, DTYPE)
     tokens = make_inputs(*sizes, device="cuda", strong_decay=False, seed=seed)
-    return tokens._replace(g=tokens.g / 64)
+    return tokens._replace(g=tokens.g / 1024)
 
 
 @functools.cache
@@ -86,14 +86,18 @@ def test_packed_segments_on_slots_are_as_accurate_as_the_loop(dynamic):
 def batch_call(rates):
     """The same of a batch whose heads forget at these rates a token."""
     tokens = make_inputs(2, T, H, HV, K, V, DTYPE, device="cuda", strong_decay=False)
-    tokens = tokens._replace(g=tokens.g / 64 - torch.tensor(rates, device="cuda"))
+    tokens = tokens._replace(g=tokens.g / 1024 - torch.tensor(rates, device="cuda"))
     args = (*tokens, make_state(2, HV, V, K, device="cuda"))
     found = witnesses(oracle.delta_rule, *args, operands=operands_of(gdn_ops.chunk, DTYPE))
     return args, found
 
 
 @pytest.mark.parametrize("has_maps", [False, True], ids=["early", "maps"])
-@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.3, 0.0), (0.3, 0.2)], ids=["none", "one", "all"])
+@pytest.mark.parametrize(
+    "rates",
+    [(0.0, 0.0), (0.3, 0.0), (0.3, 0.2), (0.3, 0.008)],
+    ids=["none", "one", "all", "one slowly"],
+)
 def test_segments_that_forget_are_as_accurate_as_the_loop(rates, has_maps, split_into_segments):
     from gdn_ops.kernels import chunk
 
