@@ -1,6 +1,6 @@
 """The operators against Hugging Face's PyTorch functions on a CPU, both eager and compiled.
 
-    python benchmarks/cpu.py [--repeats N] [--threads N] [--only NAME] [--json PATH]
+    python benchmarks/cpu.py [--repeats N] [--threads N] [--only NAME] [--keep-memory] [--json PATH]
 
 All sides of a row are called in turn, in one process, on the same inputs, and so is what the
 machine cannot do faster (``floor_cpu.py``); each row has a process of its own, and so has each
@@ -11,6 +11,7 @@ What is compared, and how, is in benchmarks/README.md.
 
 import argparse
 import datetime
+import functools
 import gc
 import json
 import math
@@ -39,6 +40,9 @@ EAGER = ("ours", "theirs")
 # At most so many times what the machine cannot do faster.
 FLOORS = 3
 SYMBOLS = ("B", "T", "H", "HV", "K", "V")
+# With these glibc keeps what is freed, up to 4 GiB, as allocators for servers do; without them it
+# returns all that is larger than 32 MiB, and the system clears the pages of the next.
+KEEP_MEMORY = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 # A sample calls often enough to last this long, so that the clock and one interrupt do not show.
 SAMPLE_SECONDS = 0.02
 
@@ -96,7 +100,7 @@ def peak_of_one_call(row: Row, side: str) -> int:
     return resident_bytes("VmHWM") - before
 
 
-def in_a_process(row: Row, threads: int, *what: str) -> Any:
+def in_a_process(row: Row, threads: int, keeps_memory: bool, *what: str) -> Any:
     """What ``measure`` returns for ``row`` in a fresh process.
 
     An allocator keeps what earlier calls freed: in the process of another row theirs may find its
@@ -104,7 +108,8 @@ def in_a_process(row: Row, threads: int, *what: str) -> Any:
     """
     command = [sys.executable, __file__, "--threads", str(threads)]
     command += ["--measure", str(ROWS.index(row)), *what]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "GLIBC_TUNABLES": KEEP_MEMORY} if keeps_memory else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout)
 
 
@@ -184,6 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="samples of each side of a row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", help="only the rows of this name")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="by a malloc that keeps what is freed (glibc)"
+    )
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -199,8 +207,9 @@ def main(argv: list[str] | None = None) -> None:
         for row in rows:
             check(row)
             sides = EAGER if row.measures_memory else ()
-            peak = {side: in_a_process(row, args.threads, "peak", side) for side in sides}
-            seconds = in_a_process(row, args.threads, "times", str(args.repeats))
+            alone = functools.partial(in_a_process, row, args.threads, args.keep_memory)
+            peak = {side: alone("peak", side) for side in sides}
+            seconds = alone("times", str(args.repeats))
             results.append(summary(row, seconds, peak))
             progress.advance(task)
     show(console, results)
@@ -219,10 +228,9 @@ def main(argv: list[str] | None = None) -> None:
     console.print(facts, highlight=False)
     if args.json:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        only = f" --only {args.only}" if args.only else ""
-        command = (
-            f"python -m benchmarks cpu --threads {args.threads} --repeats {args.repeats}{only}"
-        )
+        command = f"python -m benchmarks cpu --threads {args.threads} --repeats {args.repeats}"
+        command += f" --only {args.only}" if args.only else ""
+        command += " --keep-memory" if args.keep_memory else ""
         content = {"machine": machine, "date": date, "command": command, "rows": results}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
 
