@@ -174,6 +174,8 @@ def _add_prepare(
         HAS_BETA=beta is not None or "beta" in gates,
         IS_SCALED=True,
         STARTS_NEXT=False,
+        PROGRAM=None,
+        PROGRAMS=None,
         **constants,
     )
     tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}

@@ -175,6 +175,8 @@ class _Call:
             HAS_G=self.inputs["g"] is not None,
             IS_SCALED=False,
             STARTS_NEXT=False,
+            PROGRAM=None,
+            PROGRAMS=None,
             **self.flags,
         )
         return {"G": G, "inverse": _inductor.realize(inverse)}

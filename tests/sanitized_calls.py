@@ -75,8 +75,9 @@ def segments(dtype, packed, sizes):
         chunk_backward.chunk_backward(o, final_state, *tokens, state)
 
 
-def in_one_kernel(dtype, packed, sizes):
-    """A prefill on a pool by the kernel that else serves those that fill the GPU."""
+def of_long_sequences_and_many(dtype, packed, sizes):
+    """A prefill on a pool in one kernel, as where sequences fill the GPU, and with chunks that are
+    prepared beside the scan, as of one sequence."""
     _, HV, K, V = sizes
     if not serves(K, V, gpu_at(0)) or dtype != torch.bfloat16:
         return
@@ -86,8 +87,12 @@ def in_one_kernel(dtype, packed, sizes):
     tokens = make_inputs(*shape, *sizes, dtype, device="cuda")
     pool = make_state(5, HV, V, K, device="cuda")
     slots = indices([4, -1, 2], device="cuda")
-    with mock.patch.object(chunk, "is_faster", return_value=True):
-        chunk.chunk_(*tokens, pool, slots, cu_seqlens=bounds, use_qk_l2norm=packed)
+    for is_one, limit in ((True, 0), (False, 8)):
+        with (
+            mock.patch.object(chunk, "is_faster", return_value=is_one),
+            mock.patch.object(chunk, "pick_limit", return_value=limit),
+        ):
+            chunk.chunk_(*tokens, pool, slots, cu_seqlens=bounds, use_qk_l2norm=packed)
 
 
 def convolution(dtype, packed, D):
@@ -118,7 +123,7 @@ def main(names, with_descriptors, with_fused):
             delta_rule(dtypes[name], packed, sizes)
             segments(dtypes[name], packed, sizes)
             if with_fused:
-                in_one_kernel(dtypes[name], packed, sizes)
+                of_long_sequences_and_many(dtypes[name], packed, sizes)
         for D in (256, 42):
             convolution(dtypes[name], packed, D)
         torch.cuda.synchronize()

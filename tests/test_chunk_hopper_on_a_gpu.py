@@ -35,7 +35,10 @@ def is_served(cuda):
 
 
 def prefilled_by(form, call):
-    """The results of ``call`` by the scan with 1 or 2 warp groups, 0: the plain one, or fused."""
+    """The results of ``call`` by the scan with 1 or 2 warp groups, 0: the plain one, or fused.
+
+    "beside" is the first with chunks that are prepared beside it.
+    """
     from gdn_ops.kernels import chunk, chunk_hopper
     from gdn_ops.kernels.chunk_scan import scan_kernel
 
@@ -44,20 +47,22 @@ def prefilled_by(form, call):
     def pick(tiles, K, V, heads, gpu, *flags):
         if form == 0:
             return scan_kernel, tiles, {}
-        heads = 1 if form == 1 else gpu.multiprocessors
+        heads = gpu.multiprocessors if form == 2 else 1
         used.append(own(tiles, K, V, heads, gpu, *flags))
         return used[-1]
 
     fused = mock.Mock(side_effect=chunk.launch_fused)
     with (
         mock.patch.object(chunk, "pick_scan", pick),
+        mock.patch.object(chunk, "pick_limit", return_value=8 if form == "beside" else 0),
         mock.patch.object(chunk, "is_faster", return_value=form == "fused"),
         mock.patch.object(chunk, "launch_fused", fused),
     ):
         results = call()
-    for kernel, tiles, _ in used:
-        assert (kernel.__name__, tiles.BV) == ("scan_hopper_kernel", 64 * form)
-    assert bool(used) == (form in (1, 2))
+    for kernel, tiles, options in used:
+        assert (kernel.__name__, tiles.BV) == ("scan_hopper_kernel", 128 if form == 2 else 64)
+        assert options["HAS_DONE"] == (form == "beside")
+    assert bool(used) == (form in (1, 2, "beside"))
     assert fused.called == (form == "fused")
     return results
 
@@ -142,7 +147,7 @@ def expected_of(case):
     return args, options, witnesses(oracle.delta_rule, *args, operands=operands, **options)
 
 
-FORMS = (1, 2, "fused")
+FORMS = (1, 2, "fused", "beside")
 
 
 @pytest.mark.parametrize(
@@ -297,4 +302,39 @@ def test_plans_and_cuda_graphs_repeat_the_bits_of_the_first_call(B, form):
             x.zero_()
         graph.replay()
         for x, y in zip(results, expected, strict=True):
+            assert_bitwise_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("T", "rate"), [(4200, 0.0), (16500, 0.0), (16500, 0.1)], ids=["short", "long", "all forget"]
+)
+def test_chunks_prepared_beside_the_scan_give_the_bits_of_those_before_it(T, rate, monkeypatch):
+    """Also where it is noted, captured, and where two streams have one each."""
+    from gdn_ops.kernels import chunk
+    from gdn_ops.kernels.chunk_segments import WHOLE
+
+    tokens = make_inputs(1, T, 16, 32, K, V, BF16, device="cuda", strong_decay=False)
+    tokens = tokens._replace(g=tokens.g / 4096 - rate)
+    limit = mock.Mock(side_effect=chunk.pick_limit)
+    with mock.patch.object(chunk, "pick_limit", limit):
+        found = [chunk.chunk(*tokens)]
+    assert chunk.pick_limit(*limit.call_args.args) > 0
+    found += [gdn_ops.chunk(*tokens) for _ in range(3)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(gdn_ops.chunk(*tokens))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found.append(gdn_ops.chunk(*tokens))
+    for _ in range(20):
+        graph.replay()
+    monkeypatch.setattr(chunk, "pick_limit", lambda *_: 0)
+    monkeypatch.setattr(chunk, "choose", lambda *_, **__: WHOLE)
+    before = chunk.chunk(*tokens)
+    for results in found:
+        for x, y in zip(results, before, strict=True):
             assert_bitwise_equal(x, y)

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunk_beside import begin, pick_limit
 from .chunk_fused import is_faster, launch_fused
 from .chunk_hopper import pick_scan, serves
-from .chunk_prepared import DOT, PRECISION, prepare
+from .chunk_prepared import DOT, PRECISION, Beside, chunk_places, prepare
+from .chunk_scan import scan_kernel
 from .chunk_segments import BN, WHOLE, bound_kept, choose, enter_segments
 from .configs import SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
 from .launch import fits_descriptor, launch, strides
@@ -126,19 +128,28 @@ def _launch(
         )
     tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
     chunks = B * cdiv(T, tiles.BT)
+    is_late = use_descriptors and stores_late(tiles, gpu)
+    limit = pick_limit(N - is_packed, chunks, HV, K, V, gpu) if is_late else 0
     split = choose(
         *(N - is_packed, chunks, HV, V, tiles.BK, tiles.BV, q.dtype, gpu),
         needs_maps=is_pool or is_packed,
+        is_beside=limit > 0,
     )
     kept = None
     if split != WHOLE:
         kept = bound_kept(k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles.BT, split)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    is_late = is_late and fits_descriptor(o)
+    beside = None
+    if limit and is_late and not split.has_maps:
+        items = chunk_places(B, T, tiles.BT, cu_seqlens) * H
+        of_segments = {"BN": BN, **split.constants()}
+        beside = Beside(begin(kept, k, HV, items, tiles.BT, of_segments), limit)
     G, inverse, weights = prepare(
         *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles.BT, tiles.BK, gpu),
         starts_next=serves(K, V, gpu),
+        beside=beside,
     )
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    is_late = use_descriptors and stores_late(tiles, gpu) and fits_descriptor(o)
     constants = {
         "USE_QK_L2NORM": use_qk_l2norm,
         "USE_DESCRIPTORS": use_descriptors,
@@ -160,6 +171,10 @@ def _launch(
         walked = B * split.places(T, B, tiles.BT, N - 1 if is_packed else None) + is_packed
     is_split = is_packed and split != WHOLE
     scan, tiles, options = pick_scan(tiles, K, V, walked * HV, gpu, is_late, is_split)
+    done: tuple[Tensor | None, ...] = ()
+    if scan is not scan_kernel:
+        done = (None if beside is None else beside.done,)
+        options["HAS_DONE"] = beside is not None
     launch(
         scan,
         walked * HV * cdiv(V, tiles.BV),
@@ -179,6 +194,7 @@ def _launch(
             cu_seqlens,
             read_indices,
             o,
+            *done,
         ),
         (
             *q.stride(),

@@ -36,7 +36,8 @@ an order of magnitude more than the token loop.
 Tiles and flags: ``BT`` tokens of a chunk, 16, 32 or 64; ``BK >= K``, of which ``KB`` are read at
 once, STAGES ahead; ``BN`` bounds read at once; ``DOT`` the dtype of the products of keys;
 ``PRECISION`` the ``input_precision`` of float32 products; NORMS_BY_PRODUCT has tensor cores square
-what USE_QK_L2NORM normalises; STARTS_NEXT lets a kernel that waits for this one begin.
+what USE_QK_L2NORM normalises; STARTS_NEXT lets a kernel that waits for this one begin; PROGRAM and
+PROGRAMS are numbers where another kernel calls this one (chunk_prepare_beside.py), else None.
 """
 
 import triton
@@ -146,17 +147,21 @@ def prepare_kernel(
     HEADS: tl.constexpr,
     NORMS_BY_PRODUCT: tl.constexpr,
     STARTS_NEXT: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
     """One chunk of HEADS value heads; the grid is ``places * HV // HEADS``."""
     tl.static_assert(BK >= K and (BT == 16 or BT == 32 or BT == 64))
     tl.static_assert(HV // H % HEADS == 0)
     if STARTS_NEXT:
         tl.extra.cuda.gdc_launch_dependents()
-    i_first = tl.program_id(0) % (HV // HEADS) * HEADS
+    i_program = tl.program_id(0) if PROGRAM is None else PROGRAM
+    i_first = i_program % (HV // HEADS) * HEADS
     i_h = i_first // (HV // H)
-    i_c = tl.program_id(0) // (HV // HEADS)
+    i_c = i_program // (HV // HEADS)
     if IS_VARLEN:
-        N = tl.num_programs(0) // (HV // HEADS) - tl.cdiv(T, BT)
+        programs = tl.num_programs(0) if PROGRAMS is None else PROGRAMS
+        N = programs // (HV // HEADS) - tl.cdiv(T, BT)
         i_n, i_chunk = find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT, BN)
         i_start, length = load_bounds(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
         i_b = i_c.to(tl.int64) * 0

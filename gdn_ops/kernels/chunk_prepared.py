@@ -1,4 +1,4 @@
-"""Launching ``prepare_kernel`` (chunk_prepare.py), parallel over chunks."""
+"""Launching ``prepare_kernel`` (chunk_prepare.py), before a scan or beside it."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_prepare import prepare_kernel
+from .chunk_prepare_beside import prepare_beside_kernel
 from .configs import PREPARE_WARPS, Gpu, cdiv
 from .launch import launch, strides
 
@@ -59,6 +60,15 @@ def prepare_choice(
     return PrepareChoice(num_warps, has_room, KB, stages, heads)
 
 
+class Beside(NamedTuple):
+    """``done`` of chunk_prepare_beside.py, and the multiprocessors of programs that prepare."""
+
+    done: Tensor
+    limit: int
+
+
+# Programs of ``prepare_beside_kernel`` on a multiprocessor: of 255 registers a thread and 49 KiB.
+BESIDE = 2
 # Of float32 products: of the inverse, and with float32 inputs of all others.
 PRECISION = "ieee"
 DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -89,8 +99,12 @@ def prepare(
     *,
     is_scaled: bool = True,
     starts_next: bool = False,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``G``, ``inverse`` and with ``is_scaled`` ``weights`` of ``prepare_kernel``."""
+    """``G``, ``inverse`` and with ``is_scaled`` ``weights`` of ``prepare_kernel``.
+
+    ``beside`` the kernel that reads them, if that is asked for.
+    """
     B, T, H, K = k.shape
     wide = torch.float64 if k.dtype == torch.float32 else torch.float32
     places = chunk_places(B, T, BT, cu_seqlens)
@@ -99,10 +113,19 @@ def prepare(
     inverse = torch.empty((B, T, HV, BT), dtype=k.dtype, device=k.device)
     weights = torch.empty_like(inverse) if is_scaled else None
     choice = prepare_choice(k.dtype, gpu, BK, H, HV, places)
+    if beside is not None:
+        choice = choice._replace(HEADS=HV // H)
+    items = places * (HV // choice.HEADS)
+    kernel, programs = prepare_kernel, items
+    done: tuple[Tensor, ...] = ()
+    numbers: tuple[int, ...] = ()
+    if beside is not None:
+        kernel, programs = prepare_beside_kernel, BESIDE * gpu.multiprocessors
+        done, numbers = (beside.done,), (items, beside.limit)
     launch(
-        prepare_kernel,
-        places * (HV // choice.HEADS),
-        (q, k, g, beta, cu_seqlens, G, weights, inverse),
+        kernel,
+        programs,
+        (q, k, g, beta, cu_seqlens, G, weights, inverse, *done),
         (
             *q.stride(),
             *k.stride(),
@@ -111,6 +134,7 @@ def prepare(
             *strides(cu_seqlens, 1),
             *inverse.stride(),
             T,
+            *numbers,
         ),
         H=H,
         HV=HV,
@@ -130,6 +154,8 @@ def prepare(
         HEADS=choice.HEADS,
         NORMS_BY_PRODUCT=choice.NORMS_BY_PRODUCT,
         STARTS_NEXT=starts_next,
+        PROGRAM=None,
+        PROGRAMS=None,
         num_warps=choice.num_warps,
         num_stages=1,
     )

@@ -5,8 +5,9 @@
     S' = exp(G_last) S + (x inverse^T) k
 
 chunk_scan.py has the legend: tensors, strides, sizes, tiles and flags are the same, in the same
-order, so that one launch serves either kernel. This one is written in Gluon, in which layouts,
-barriers and the order of products are the author's. The roles of a program:
+order, so that one launch serves either kernel; here ``done`` of chunk_prepare_beside.py follows
+them, with HAS_DONE where chunks are prepared beside this kernel. This one is written in Gluon, in
+which layouts, barriers and the order of products are the author's. The roles of a program:
 
     walk    a warp group for each 64 of the ``BV`` rows of the state, which stay in its registers
             (chunk_scan_walk.py)
@@ -14,8 +15,9 @@ barriers and the order of products are the author's. The roles of a program:
             every group has left the chunk whose memory they take
 
 A role makes the descriptors that it uses: each takes about 1000 cycles, and others begin meanwhile.
-A launch with ``launch_pdl`` begins when all programs of ``prepare_kernel`` have begun, and reads
-nothing of theirs before they are done.
+A launch with ``launch_pdl`` begins when all programs of the kernel before have begun, and reads
+nothing of theirs before they are done, or with HAS_DONE before the chunk is. Then it waits for them
+at the end: until then they use ``done``, whose memory is free for others when this kernel is over.
 
 Shared memory has STAGES = 3 chunks, each with a barrier ``full``, on which the bytes of its tiles
 arrive, and one ``free``, on which each group arrives a chunk later: every warp has then passed a
@@ -41,6 +43,7 @@ from .chunk_prepare import load_bounds
 from .chunk_scan_walk import (
     group_barrier,
     tile_layout,
+    wait_for_chunk,
     wait_for_kernel_before,
     walk_high,
     walk_low,
@@ -67,7 +70,9 @@ def load_chunks(tiles, bars, sources, read, write, i_v, i_skip, chunks, C: gl.co
     ROWS: gl.constexpr = C[3]
     HV: gl.constexpr = C[7]
     s_q, s_k, s_v, s_inverse, s_weights, s_decays, _ = tiles
-    q, k, v, o, p_inverse, p_weights, p_decays, places = sources
+    HAS_DONE: gl.constexpr = C[8]
+    H: gl.constexpr = C[9]
+    q, k, v, o, p_inverse, p_weights, p_decays, places, done, p_done = sources
     rows = o[2] + o[3] * BT
     full, free = bars
     BYTES: gl.constexpr = 2 * BT * (2 * 128 + HALVES * 64 + 2 * BT) + ROWS * BT * 4
@@ -80,12 +85,19 @@ def load_chunks(tiles, bars, sources, read, write, i_v, i_skip, chunks, C: gl.co
     d_inverse = make(p_inverse, [rows, BT], [HV * BT, 1], [BT, BT], TILE)
     d_weights = make(p_weights, [rows, BT], [HV * BT, 1], [BT, BT], TILE)
     d_decays = make(p_decays, [places, ROWS * BT], [HV * ROWS * BT, 1], [1, BT], ROW)
-    wait_for_kernel_before()
+    waits = 1
+    if HAS_DONE:
+        waits = gl.load(done + 1)
+    if waits != 0:
+        wait_for_kernel_before()
     for i in range(chunks):
         i_stage = i % STAGES
         mbarrier.wait(free.index(i_stage), ((i // STAGES) & 1) ^ 1)
         bar = full.index(i_stage)
         mbarrier.expect(bar, BYTES)
+        if HAS_DONE:  # noqa: SIM102 what is no constant must not decide whether this is compiled
+            if waits == 0:
+                wait_for_chunk(p_done + i * H)
         i_row = (i + i_skip) * BT
         tma.async_copy_global_to_shared(d_k, [i_row, 0], bar, s_k.index(i_stage))
         tma.async_copy_global_to_shared(d_q, [i_row, 0], bar, s_q.index(i_stage))
@@ -99,6 +111,8 @@ def load_chunks(tiles, bars, sources, read, write, i_v, i_skip, chunks, C: gl.co
             tma.async_copy_global_to_shared(d_v, [i_row, o_v], bar, b_v)
         tma.async_copy_global_to_shared(d_inverse, [i_row, 0], bar, s_inverse.index(i_stage))
         tma.async_copy_global_to_shared(d_weights, [i_row, 0], bar, s_weights.index(i_stage))
+    if HAS_DONE:
+        wait_for_kernel_before()
 
 
 @gluon.jit
@@ -118,6 +132,7 @@ def scan_hopper_kernel(
     cu_seqlens,
     read_indices,
     o,
+    done,
     stride_q_b,
     stride_q_t,
     stride_q_h,
@@ -162,6 +177,7 @@ def scan_hopper_kernel(
     IS_VARLEN: gl.constexpr,
     HAS_KEPT: gl.constexpr,
     HAS_SEGMENT_STATES: gl.constexpr,
+    HAS_DONE: gl.constexpr,
     USE_QK_L2NORM: gl.constexpr,
     USE_DESCRIPTORS: gl.constexpr,
     USE_DESCRIPTOR_STORE: gl.constexpr,
@@ -272,6 +288,9 @@ def scan_hopper_kernel(
     o_block = ((i_b * T + i_first) * HV + i_hv) * BT
     ROWS: gl.constexpr = 3 if USE_QK_L2NORM else 2
     p_decays = decays + (i_place * HV + i_hv) * (ROWS * BT)
+    p_done = decays
+    if HAS_DONE:
+        p_done = done + 3 + i_place * H + i_h
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = gl.maximum(length, 1)
     places = gl.cdiv(rows, BT)
@@ -293,7 +312,9 @@ def scan_hopper_kernel(
     fence_async_shared()
     group_barrier()
     READS: gl.constexpr = HAS_SEGMENT_STATES or HAS_STATE
-    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, READS, SEGMENTS > 1, HV)
+    # Of the kernel before, where it was not launched before the one that prepares.
+    IS_AFTER: gl.constexpr = SEGMENTS > 1 and not HAS_DONE
+    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, READS, IS_AFTER, HV, HAS_DONE, H)
     # Where no token is valid all reads are past the end.
     i_skip = gl.where(is_live, 0, places)
     args = (
@@ -308,6 +329,8 @@ def scan_hopper_kernel(
             weights + o_block,
             p_decays,
             places,
+            done,
+            p_done,
         ),
         read,
         write,

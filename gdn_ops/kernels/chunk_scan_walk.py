@@ -37,6 +37,23 @@ def wait_for_kernel_before():
 
 
 @gluon.jit
+def wait_for_chunk(p_done):
+    """Until it is prepared, and descriptors read what was written."""
+    asm: gl.constexpr = """{
+        .reg .pred p_again;
+        .reg .b32 r_done;
+        again:
+        ld.acquire.gpu.global.b32 r_done, [$1];
+        setp.eq.b32 p_again, r_done, 0;
+        @p_again bra again;
+        fence.proxy.async.global;
+        mov.b32 $0, r_done;
+        }"""
+    address = p_done.to(gl.int64, bitcast=True)
+    gl.inline_asm_elementwise(asm, "=r,l", [address], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def stage_output(b_od, b_out):
     """One chunk of the output ``[64, BT]`` in shared memory; a barrier of the group."""
     # Of the output before this one: its shared memory must have been read.
@@ -58,7 +75,7 @@ def walk_chunks(
     ROWS: gl.constexpr = C[3]
     scale: gl.constexpr = C[4]
     HAS_STATE: gl.constexpr = C[5]
-    IS_SEGMENT: gl.constexpr = C[6]
+    READS_STATES: gl.constexpr = C[6]
     s_q, s_k, s_v, s_inverse, s_weights, s_decays, s_o = tiles
     p_o, stride_o, rows, i_own = sources[3]
     d_o = tma.make_tensor_descriptor(p_o, [rows, 128], [stride_o, 1], [BT, 64], tile_layout())
@@ -74,7 +91,7 @@ def walk_chunks(
     o_v = i_first + gl.arange(0, 64, layout=gl.SliceLayout(1, STATE))
     o_k = gl.arange(0, 128, layout=gl.SliceLayout(0, STATE))
     b_S = gl.zeros((64, 128), gl.float32, STATE)
-    if IS_SEGMENT:
+    if READS_STATES:
         wait_for_kernel_before()
     if HAS_STATE:
         p_state, stride_v, stride_k, m_read = read

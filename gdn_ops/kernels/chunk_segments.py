@@ -4,9 +4,10 @@ The scan of one sequence has few programs, one after another chunk. Split, each 
 state that enters it. Where all heads forget what was long before (chunk_forget.py), it is made of
 the few chunks before the segment, and the scan begins with them. Where they do not, each segment
 but the last is walked twice: ``carry_kernel`` (chunk_carry.py) finds what it does to the state that
-enters it, and ``chain_kernel`` (chunk_chain.py) which state that is. With two segments that is no
-faster than a sequence that is walked whole, so they are split only if all forget; what they do is
-known to the kernels alone, which find out first.
+enters it, and ``chain_kernel`` (chunk_chain.py) which state that is. With four segments or fewer
+that is no faster than a sequence that is walked whole while its chunks are prepared
+(chunk_beside.py), so those are split only if all forget; what they do is known to the kernels
+alone, which find out first.
 """
 
 from typing import Any, NamedTuple
@@ -28,11 +29,13 @@ from .launch import launch, strides
 # take beside that; and what it takes to look at what is forgotten.
 SCAN, SCAN_HOPPER, CARRY, CARRY_ALONE, CHAIN, START = 1.27, 0.97, 1.65, 1.25, 2.55, 9.0
 LOOKING = 15.0
+# A chunk of a head where it is prepared before the scan, and the first ones beside it.
+PREPARE, PREPARE_FIRST = 0.0215, 14.0
+# What segments without maps must save, since to look costs a sequence that is walked whole some 8
+# us, and those that save less are no faster than it is.
+LEAST_SAVED = 90.0
 # Chunks of a segment, at least. Of 128 chunks those of 8, 12 and 16 take the same time.
 LEAST = 12
-# Of two segments without maps, which are of no use where one head does not forget: then a whole
-# sequence takes 4 % longer with two of 64 chunks, and 1.5 % with two of 128.
-LEAST_EARLY = 128
 # Bounds that are read at once, and segments that are looked at.
 BN = 128
 # log2 of what is left of a state that counts as nothing: float32 has 24 digits. Chunks in which a
@@ -78,19 +81,20 @@ def choose(
     gpu: Gpu,
     *,
     needs_maps: bool,
+    is_beside: bool = False,
     is_template: bool = False,
 ) -> Split:
     """How to split the sequences of a call, by what it takes.
 
     As many segments as there are multiprocessors for, where that is faster also if nothing is
-    forgotten, or hardly slower. us of whole sequences, of split ones where no head forgets, and
-    where all do within 14 chunks (H200, Triton 3.6, 2026-11-30; those of 32 heads without maps):
+    forgotten, or hardly slower. us (H200, Triton 3.6, 2026-11-30), of 8 value heads whole, with
+    maps, and where all heads forget within 14 chunks; of others with maps, whole with chunks that
+    are prepared beside, and where all forget:
 
         value heads              8              16              32
-        4096 tokens     75  83  61      89 104  78     113 121 112
-        8192           142 111  79     168 162 121     212 221 193
-        16384          280 172 123     322 278 200     411 414 344
-        32768          548 289 200     630 504 349     797 806 652
+        4096 tokens     75  83  61     104  77  77     121 100 100
+        8192           142 111  79     162 148 111     221 183 183
+        32768          548 289 200     504 501 369     913 697 665
 
     Args:
         N: Sequences.
@@ -103,6 +107,7 @@ def choose(
         gpu: The GPU.
         needs_maps: Whether sequences are packed or states updated in place, where others have
             been written when a segment reads the first.
+        is_beside: Whether chunks of sequences that are walked whole are prepared beside the scan.
         is_template: Whether the kernels are templates, which have the plain scan and look at
             nothing that is forgotten; ``needs_maps`` goes with it.
     """
@@ -117,11 +122,13 @@ def choose(
     rounds = cdiv(N * HV * cdiv(V, chain_tiles(gpu).BV), gpu.multiprocessors)
     cost = walked * (CARRY_ALONE if is_alone else CARRY) + CHAIN * each * rounds + START
     cost += 0.0 if is_template else LOOKING
+    cost += PREPARE * chunks * HV - PREPARE_FIRST if is_beside else 0.0
     scan = SCAN_HOPPER if serves(BK, V, gpu) and not is_template else SCAN
-    if scan * (length - walked) > cost:
+    saved = scan * (length - walked)
+    if saved > cost:
         return Split(segments, LEAST)
-    if not needs_maps and min(segments // N, length // LEAST_EARLY) >= 2:
-        return Split(segments, LEAST_EARLY, has_maps=False)
+    if is_beside and not needs_maps and saved > LEAST_SAVED:
+        return Split(segments, LEAST, has_maps=False)
     return WHOLE
 
 

@@ -1,6 +1,7 @@
 """The kernels of a prefill in Gluon, run on a CPU, against the float64 loop over tokens."""
 
 import functools
+from unittest import mock
 
 import oracle
 import pytest
@@ -15,9 +16,14 @@ H, HV, K, V, BF16 = 1, 2, 128, 128, torch.bfloat16
 LENGTHS, PADDING = (0, 70, 64, 0, 1), 9
 
 
-@pytest.fixture(params=[1, 2, "fused"])
+@pytest.fixture(params=[1, 2, "fused", "beside"])
 def kernels(request, monkeypatch):
-    """The launching functions, by a scan with 1 or 2 groups that walk, or in one kernel."""
+    """The launching functions, by a scan with 1 or 2 groups that walk, or in one kernel.
+
+    "beside" is the first with chunks that say when they are prepared.
+    """
+    import triton.language as tl
+
     from gdn_ops.kernels import (
         chunk,
         chunk_forget_hopper,
@@ -25,6 +31,7 @@ def kernels(request, monkeypatch):
         chunk_fused_inverse,
         chunk_fused_walk,
         chunk_hopper,
+        chunk_prepare_beside,
         chunk_scan_hopper,
         chunk_scan_walk,
     )
@@ -36,17 +43,23 @@ def kernels(request, monkeypatch):
     is_fused = request.param == "fused"
 
     def pick(tiles, K, V, _heads, gpu, *flags):
-        return own(tiles, K, V, 1 if request.param == 1 else gpu.multiprocessors, gpu, *flags)
+        return own(tiles, K, V, gpu.multiprocessors if request.param == 2 else 1, gpu, *flags)
 
     monkeypatch.setattr(chunk, "_gpu_at", lambda _: Gpu("sm_90", 4, True))
     monkeypatch.setattr(chunk, "is_faster", lambda *_: is_fused)
     monkeypatch.setattr(chunk, "pick_scan", pick)
     # No kernel is started before the one before it is done.
     monkeypatch.setattr(chunk, "serves", lambda *_: False)
+    monkeypatch.setattr(chunk, "pick_limit", lambda *_: 1 if request.param == "beside" else 0)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+    where = mock.Mock(side_effect=lambda: tl.to_tensor(where.call_count % 4))
+    monkeypatch.setattr(chunk_prepare_beside, "multiprocessor", where)
+    monkeypatch.setattr(chunk_prepare_beside, "release", lambda p_done: tl.store(p_done, 1))
     fused = (chunk_fused_hopper, chunk_fused_inverse, chunk_fused_walk)
     scan = (chunk_forget_hopper, chunk_scan_hopper, chunk_scan_walk)
     with interpreted((*scan, *fused), monkeypatch) as launchers:
         yield chunk
+    assert where.called == (request.param == "beside")
     assert launchers["fused_hopper_kernel" if is_fused else "scan_hopper_kernel"].calls
 
 
@@ -96,6 +109,21 @@ def test_it_is_as_accurate_as_the_loop_over_tokens(kernels, case):
     assert_all_as_accurate_as_plain(results, *found, terms=K)
 
 
+@pytest.mark.parametrize("kernels", ["beside"], indirect=True)
+def test_chunks_are_prepared_where_no_multiprocessor_is_before_the_limit(kernels, monkeypatch):
+    import triton.language as tl
+
+    from gdn_ops.kernels import chunk_prepare_beside
+
+    args, options = _batch(T=256)
+    expected = kernels.chunk(*args, **options)
+    far = mock.Mock(side_effect=lambda: tl.to_tensor(100))
+    monkeypatch.setattr(chunk_prepare_beside, "multiprocessor", far)
+    for x, y in zip(kernels.chunk(*args, **options), expected, strict=True):
+        assert_bitwise_equal(x, y)
+    assert far.called
+
+
 def test_rows_without_a_slot_are_zero_and_other_slots_as_they_were(kernels):
     tokens, bounds = _packed()[0][:5], cu_seqlens(LENGTHS)
     before = make_state(7, HV, V, K)
@@ -130,3 +158,25 @@ def test_segments_agree_with_whole_sequences(rates, has_maps, kernels, monkeypat
     monkeypatch.setattr(kernels, "choose", lambda *_, **__: Split(4, 1, has_maps))
     for x, y in zip(kernels.chunk(*args, **options), whole, strict=True):
         assert (x.float() - y.float()).norm() <= 2**-7 * y.float().norm()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "chunks", "heads", "arch", "limit"),
+    [
+        (1, 64, 32, "sm_90", 68),
+        (2, 128, 16, "sm_90", 68),
+        (1, 63, 32, "sm_90", 0),
+        (2, 127, 16, "sm_90", 0),
+        (1, 512, 64, "sm_90", 0),
+        (1, 512, 32, "sm_100", 0),
+    ],
+)
+def test_long_sequences_that_leave_half_of_an_h200_have_chunks_prepared_beside(
+    sequences, chunks, heads, arch, limit
+):
+    from gdn_ops.kernels.chunk_beside import pick_limit
+    from gdn_ops.kernels.chunk_hopper import has_gluon
+    from gdn_ops.kernels.configs import Gpu
+
+    found = pick_limit(sequences, chunks, heads, K, V, Gpu(arch, 132, True))
+    assert found == (limit if has_gluon() else 0)

@@ -26,7 +26,7 @@ def split_into(monkeypatch, request):
     monkeypatch.setattr(chunk_segments, "LOOK", 4)
 
     def split_into(segments, least):
-        def choose(*_, needs_maps):
+        def choose(*_, needs_maps, **__):
             return Split(segments, least, request.param or needs_maps)
 
         monkeypatch.setattr(chunk, "choose", choose)
