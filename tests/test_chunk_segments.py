@@ -22,8 +22,9 @@ BF16, K, V, BT = torch.bfloat16, 128, 128, 64
 on_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
-def _split(N, T, HV, gpu=H200, dtype=BF16, BK=128, BV=64, needs_maps=False):
-    return choose(N, N * cdiv(T, BT), HV, V, BK, BV, dtype, gpu, needs_maps=needs_maps)
+def _split(N, T, HV, gpu=H200, dtype=BF16, BK=128, BV=64, needs_maps=False, is_beside=False):
+    sizes = (N, N * cdiv(T, BT), HV, V, BK, BV, dtype, gpu)
+    return choose(*sizes, needs_maps=needs_maps, is_beside=is_beside)
 
 
 def _segments(*args, **options):
@@ -33,14 +34,17 @@ def _segments(*args, **options):
 def test_long_sequences_of_few_heads_are_split_and_no_others():
     assert [_segments(1, 8192, HV) for HV in (4, 8, 16, 32, 64)] == [16, 8, 4, 1, 1]
     assert [_segments(1, T, 4) for T in (1, 1024, 4096, 2**20)] == [1, 1, 1, 16]
-    assert [_segments(1, T, 32) for T in (8192, 16384, 32768)] == [1, 2, 2]
+    assert [_segments(1, T, 32) for T in (8192, 16384, 32768)] == [1, 1, 1]
     assert [_segments(N, 8192, 8) for N in (1, 2, 4, 8, 64)] == [8, 8, 1, 1, 1]
 
 
-def test_two_segments_have_no_maps_and_only_where_none_are_needed():
-    assert _split(1, 8192, 16).has_maps
-    assert not _split(1, 16384, 32).has_maps
-    assert _segments(1, 16384, 32, needs_maps=True) == 1
+def test_few_segments_have_no_maps_where_whole_sequences_are_prepared_beside_the_scan():
+    splits = [_split(1, T, 32, is_beside=True) for T in (8192, 16384, 32768)]
+    assert [x.SEGMENTS for x in splits] == [1, 2, 2]
+    splits += [_split(1, 8192, HV, is_beside=True) for HV in (16, 8)]
+    assert [x.SEGMENTS for x in splits[3:]] == [4, 8]
+    assert [x.has_maps for x in splits] == [False] * 4 + [True]
+    assert _segments(1, 8192, 16, needs_maps=True, is_beside=True) == 1
 
 
 def test_what_the_kernels_of_segments_do_not_serve_is_not_split():
