@@ -8,7 +8,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from gdn_ops.kernels import chunk as kernels
 from gdn_ops.kernels import chunk_prepare, chunk_prepared, chunk_scan
-from gdn_ops.kernels.chunk_segments import BN, WHOLE
+from gdn_ops.kernels.chunk_segments import WHOLE
 from gdn_ops.kernels.configs import Gpu
 
 from . import _inductor, chunk_segments, timing
@@ -134,7 +134,6 @@ def _call(
         USE_DESCRIPTOR_STORE=is_late,
         STORES_FIRST=gpu.is_tight,
         INDEX="tl.int32" if _inductor.is_known(B * T * HV * V < 2**31) else "tl.int64",
-        BN=BN,
         **constants,
         **split.constants(),
     )

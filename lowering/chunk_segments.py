@@ -111,7 +111,7 @@ def enter_segments(
     count = places(v, bounds, tiles.BT, split)
     shared: dict[str, Any] = {"HV": HV, "K": K, "V": V, "IS_VARLEN": bounds is not None}
     # Gates may be computed in prepare alone, so no template looks at what is forgotten.
-    shared |= {"HAS_KEPT": False, "BN": chunk_segments.BN, **split.constants()}
+    shared |= {"HAS_KEPT": False, **split.constants()}
     carry = CARRY.call(
         {name: tensors.get(name) for name in chunk_carry.AXES if name != CARRY.output},
         _inductor.contiguous_layout(v, [B, count, HV, V + K, K], torch.float32),

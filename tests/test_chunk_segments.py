@@ -39,10 +39,9 @@ def test_long_sequences_of_few_heads_are_split_and_no_others():
 
 
 def test_few_segments_have_no_maps_where_whole_sequences_are_prepared_beside_the_scan():
-    splits = [_split(1, T, 32, is_beside=True) for T in (8192, 16384, 32768)]
-    assert [x.SEGMENTS for x in splits] == [1, 2, 2]
-    splits += [_split(1, 8192, HV, is_beside=True) for HV in (16, 8)]
-    assert [x.SEGMENTS for x in splits[3:]] == [4, 8]
+    sizes = ((8192, 32), (16384, 32), (32768, 32), (8192, 16), (8192, 8))
+    splits = [_split(1, T, HV, is_beside=True) for T, HV in sizes]
+    assert [x.SEGMENTS for x in splits] == [1, 2, 2, 4, 8]
     assert [x.has_maps for x in splits] == [False] * 4 + [True]
     assert _segments(1, 8192, 16, needs_maps=True, is_beside=True) == 1
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from .chunk_beside import begin, pick_limit
 from .chunk_fused import is_faster, launch_fused
 from .chunk_hopper import pick_scan, serves
-from .chunk_prepared import DOT, PRECISION, Beside, chunk_places, prepare
+from .chunk_prepared import DOT, PRECISION, prepare
 from .chunk_scan import scan_kernel
-from .chunk_segments import BN, WHOLE, bound_kept, choose, enter_segments
+from .chunk_segments import WHOLE, bound_kept, choose, enter_segments
 from .configs import SCAN_BV, Gpu, cdiv, gpu_at, next_power_of_2
 from .launch import fits_descriptor, launch, strides
 from .plan import new_scratch
@@ -128,7 +128,8 @@ def _launch(
         )
     tiles = pick(K, V, q.dtype, N * HV, gpu, use_descriptors)
     chunks = B * cdiv(T, tiles.BT)
-    is_late = use_descriptors and stores_late(tiles, gpu)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    is_late = use_descriptors and stores_late(tiles, gpu) and fits_descriptor(o)
     limit = pick_limit(N - is_packed, chunks, HV, K, V, gpu) if is_late else 0
     split = choose(
         *(N - is_packed, chunks, HV, V, tiles.BK, tiles.BV, q.dtype, gpu),
@@ -138,13 +139,9 @@ def _launch(
     kept = None
     if split != WHOLE:
         kept = bound_kept(k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles.BT, split)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    is_late = is_late and fits_descriptor(o)
     beside = None
-    if limit and is_late and not split.has_maps:
-        items = chunk_places(B, T, tiles.BT, cu_seqlens) * H
-        of_segments = {"BN": BN, **split.constants()}
-        beside = Beside(begin(kept, k, HV, items, tiles.BT, of_segments), limit)
+    if limit and not split.has_maps:
+        beside = begin(limit, kept, k, HV, cu_seqlens, tiles.BT, split)
     G, inverse, weights = prepare(
         *(q, k, HV, g, beta, cu_seqlens, use_qk_l2norm, tiles.BT, tiles.BK, gpu),
         starts_next=serves(K, V, gpu),
@@ -230,7 +227,6 @@ def _launch(
         BT=tiles.BT,
         BK=tiles.BK,
         BV=tiles.BV,
-        BN=BN,
         **constants,
         **split.constants(),
         **options,

@@ -8,7 +8,7 @@ from torch import Tensor
 from .chunk_backward_beta import chunk_beta_kernel
 from .chunk_backward_places import PLACE_BN, chunk_padding_kernel, chunk_places_kernel
 from .chunk_hopper import pick_rows, serves
-from .chunk_segments import BN, WHOLE, Split
+from .chunk_segments import WHOLE, Split
 from .configs import Gpu, cdiv, next_power_of_2
 from .launch import OPTIONS, strides
 
@@ -58,7 +58,7 @@ def pick_walks(N: int, chunks: int, HV: int, is_packed: bool, gpu: Gpu) -> Walks
     split = pick_split(N, chunks, HV, is_packed, gpu)
     walked = N if split == WHOLE else N * split.places(chunks, N, 1, None)
     BV, of_few_roles = pick_rows(walked * HV, gpu)
-    options: dict[str, Any] = {"BV": BV, "num_warps": 4, "num_stages": 1, "BN": BN}
+    options: dict[str, Any] = {"BV": BV, "num_warps": 4, "num_stages": 1}
     options |= split.constants()
     return Walks(
         *(split, walked),

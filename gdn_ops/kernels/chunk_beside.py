@@ -1,12 +1,12 @@
 """When chunks are prepared beside the scan (chunk_prepare_beside.py), and what that begins with."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .chunk_hopper import serves
 from .chunk_prepare_beside import begin_kernel
+from .chunk_prepared import Beside, chunk_places
+from .chunk_segments import Split
 from .configs import Gpu, cdiv
 from .launch import launch
 
@@ -37,10 +37,17 @@ def pick_limit(sequences: int, chunks: int, HV: int, K: int, V: int, gpu: Gpu) -
 
 
 def begin(
-    kept: Tensor | None, k: Tensor, HV: int, items: int, BT: int, constants: dict[str, Any]
-) -> Tensor:
-    """``done`` of a call, of which nothing is; ``constants`` are those of its segments."""
-    B, T = k.shape[:2]
+    limit: int,
+    kept: Tensor | None,
+    k: Tensor,
+    HV: int,
+    cu_seqlens: Tensor | None,
+    BT: int,
+    split: Split,
+) -> Beside:
+    """What ``prepare`` needs of a call of which nothing is done."""
+    B, T, H, _ = k.shape
+    items = chunk_places(B, T, BT, cu_seqlens) * H
     done = torch.empty(3 + items, dtype=torch.int32, device=k.device)
     launch(
         begin_kernel,
@@ -53,6 +60,6 @@ def begin(
         HAS_KEPT=kept is not None,
         BT=BT,
         BW=1024,
-        **constants,
+        **split.constants(),
     )
-    return done
+    return Beside(done, limit)

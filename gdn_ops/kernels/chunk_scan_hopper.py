@@ -312,9 +312,9 @@ def scan_hopper_kernel(
     fence_async_shared()
     group_barrier()
     READS: gl.constexpr = HAS_SEGMENT_STATES or HAS_STATE
-    # Of the kernel before, where it was not launched before the one that prepares.
-    IS_AFTER: gl.constexpr = SEGMENTS > 1 and not HAS_DONE
-    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, READS, IS_AFTER, HV, HAS_DONE, H)
+    # Of segments, from the kernel before; beside one that prepares there are none.
+    READS_STATES: gl.constexpr = SEGMENTS > 1 and not HAS_DONE
+    C: gl.constexpr = (BT, STAGES, HALVES, ROWS, scale, READS, READS_STATES, HV, HAS_DONE, H)
     # Where no token is valid all reads are past the end.
     i_skip = gl.where(is_live, 0, places)
     args = (

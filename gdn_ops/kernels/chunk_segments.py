@@ -58,6 +58,7 @@ class Split(NamedTuple):
             "LEAST": self.LEAST,
             "FORGOTTEN": FORGOTTEN,
             "LOOK": LOOK,
+            "BN": BN,
         }
 
     def places(self, T: int, B: int, BT: int, packed: int | None) -> int:
@@ -234,7 +235,6 @@ def enter_segments(
         "K": K,
         "V": V,
         "IS_VARLEN": cu_seqlens is not None,
-        "BN": BN,
         **split.constants(),
     }
     launch(
