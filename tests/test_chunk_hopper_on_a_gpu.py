@@ -311,14 +311,15 @@ def test_plans_and_cuda_graphs_repeat_the_bits_of_the_first_call(B, form):
 def test_chunks_prepared_beside_the_scan_give_the_bits_of_those_before_it(T, rate, monkeypatch):
     """Also where it is noted, captured, and where two streams have one each."""
     from gdn_ops.kernels import chunk
-    from gdn_ops.kernels.chunk_segments import WHOLE
 
     tokens = make_inputs(1, T, 16, 32, K, V, BF16, device="cuda", strong_decay=False)
     tokens = tokens._replace(g=tokens.g / 4096 - rate)
-    limit = mock.Mock(side_effect=chunk.pick_limit)
-    with mock.patch.object(chunk, "pick_limit", limit):
+    limit, choose = (mock.Mock(side_effect=x) for x in (chunk.pick_limit, chunk.choose))
+    with mock.patch.multiple(chunk, pick_limit=limit, choose=choose):
         found = [chunk.chunk(*tokens)]
     assert chunk.pick_limit(*limit.call_args.args) > 0
+    # Segments that forget begin with a state that is zero but for 2**-32 of what was before.
+    split = chunk.choose(*choose.call_args.args, **choose.call_args.kwargs)
     found += [gdn_ops.chunk(*tokens) for _ in range(3)]
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
@@ -333,7 +334,7 @@ def test_chunks_prepared_beside_the_scan_give_the_bits_of_those_before_it(T, rat
     for _ in range(20):
         graph.replay()
     monkeypatch.setattr(chunk, "pick_limit", lambda *_: 0)
-    monkeypatch.setattr(chunk, "choose", lambda *_, **__: WHOLE)
+    monkeypatch.setattr(chunk, "choose", lambda *_, **__: split)
     before = chunk.chunk(*tokens)
     for results in found:
         for x, y in zip(results, before, strict=True):

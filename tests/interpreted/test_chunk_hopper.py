@@ -163,10 +163,10 @@ def test_segments_agree_with_whole_sequences(rates, has_maps, kernels, monkeypat
 @pytest.mark.parametrize(
     ("sequences", "chunks", "heads", "arch", "limit"),
     [
-        (1, 64, 32, "sm_90", 68),
-        (2, 128, 16, "sm_90", 68),
-        (1, 63, 32, "sm_90", 0),
-        (2, 127, 16, "sm_90", 0),
+        (1, 16, 32, "sm_90", 68),
+        (1, 32, 16, "sm_90", 100),
+        (1, 15, 32, "sm_90", 0),
+        (2, 128, 16, "sm_90", 0),
         (1, 512, 64, "sm_90", 0),
         (1, 512, 32, "sm_100", 0),
     ],
