@@ -7,9 +7,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def measured(gpu: str = "h200") -> dict[str, float]:
-    """Microseconds by row, each from the newest file that has it."""
+    """Microseconds by row, each from the newest run that has it."""
+    contents = [json.loads(path.read_text()) for path in RESULTS.glob(f"{gpu}-*.json")]
     found: dict[str, float] = {}
-    for path in sorted(RESULTS.glob(f"{gpu}-*.json")):
-        rows = json.loads(path.read_text())["rows"]
-        found |= {row["row"]: float(row["us"]) for row in rows if "us" in row}
+    for content in sorted(contents, key=lambda content: content["date"]):
+        found |= {row["row"]: float(row["us"]) for row in content["rows"] if "us" in row}
     return found
