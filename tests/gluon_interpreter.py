@@ -338,6 +338,7 @@ def interpreted(modules, monkeypatch):
         "column": lambda x, _columns, i: x[:, :, i : i + 1],
         "fence_async_shared": lambda: None,
         "group_barrier": lambda: None,
+        "start_next": lambda: None,
         "wait_for_kernel_before": lambda: None,
         "wait_for_chunk": _expect_done,
         "load_bounds_of_sequence": _bounds,

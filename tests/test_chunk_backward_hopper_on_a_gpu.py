@@ -234,6 +234,44 @@ def test_segments_that_forget_slowly_are_as_accurate_as_the_loop(form, monkeypat
     assert_as_accurate_as_the_loop(call, form, *witnesses_of(*call))
 
 
+@pytest.mark.parametrize("B", [1, 3])
+def test_both_walks_beside_each_other_have_the_bits_of_one_after_the_other(B, monkeypatch):
+    """Also where two streams have one each, and in a CUDA graph."""
+    from gdn_ops.kernels import chunk_backward
+
+    args, options = make_batch(B, 1000, heads=(8, 16), **NORMS)
+    do = torch.randn_like(args[2])
+
+    def gradients():
+        return chunk_backward.chunk_backward(do, None, *args, **options)
+
+    found = [gradients()]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(gradients())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found.append(gradients())
+    for _ in range(20):
+        graph.replay()
+    pick = chunk_backward.pick_walks
+
+    def in_turn(*sizes):
+        walks = pick(*sizes)
+        assert walks.of_reverse["launch_pdl"]
+        return walks._replace(of_reverse=walks.of_reverse | {"launch_pdl": False})
+
+    monkeypatch.setattr(chunk_backward, "pick_walks", in_turn)
+    expected = gradients()
+    for results in found:
+        for x, y in zip(results, expected, strict=True):
+            assert_bitwise_equal(x, y)
+
+
 def test_the_operator_is_served_by_them_in_eager_mode():
     args, options = make_batch(1, 4200, heads=(2, 4), **NORMS)
     _, has_gradients = by(1, lambda: gradients_of(gdn_ops.chunk, args, **options))

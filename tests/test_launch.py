@@ -284,6 +284,12 @@ def test_scratch_of_a_kernel_is_a_piece_of_the_block(direct, unfilled):
     assert all(y - x >= 1024 for x, y in itertools.pairwise(sorted(direct.scratch)))
 
 
+def test_kernels_that_run_beside_each_other_share_no_scratch(monkeypatch):
+    monkeypatch.setattr(plans, "new_scratch", lambda size, *_: torch.empty(size, dtype=torch.int8))
+    scratch = plans.Scratch()
+    assert len({scratch(512, 128, None).data_ptr() for _ in range(4)}) == 4
+
+
 def test_a_kernel_without_scratch_gets_none(direct):
     _, plan = _planned(lambda x: _launching(direct, x), torch.ones(5))
     _repeat(plan, torch.ones(5))

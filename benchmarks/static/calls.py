@@ -110,10 +110,20 @@ def prefill_pointers() -> None:
     chunk.chunk(q, k, v, *tokens(16, 1000)[3:])
 
 
-def gradient(dtype: torch.dtype = BF16, K: int = K, B: int = 2, T: int = 1000) -> None:
-    inputs = (*tokens(B, T, dtype, K), states(B, dtype, K), None)
-    do, dfinal_state = new(B, T, HV, V, dtype=dtype), states(B, dtype, K)
+def gradient(dtype: torch.dtype = BF16, K: int = K, B: int = 2) -> None:
+    inputs = (*tokens(B, 1000, dtype, K), states(B, dtype, K), None)
+    do, dfinal_state = new(B, 1000, HV, V, dtype=dtype), states(B, dtype, K)
     chunk_backward.chunk_backward(do, dfinal_state, *inputs, use_qk_l2norm=True)
+
+
+def gradient_early() -> None:
+    """Two segments, if all heads forget."""
+    few = Heads(8, 16)
+    initial, dfinal_state = (new(1, few.HV, V, K) for _ in range(2))
+    inputs = (*tokens(1, 2100, heads=few), initial, None)
+    chunk_backward.chunk_backward(
+        new(1, 2100, few.HV, V), dfinal_state, *inputs, use_qk_l2norm=True
+    )
 
 
 def convolve() -> None:
@@ -163,7 +173,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=256, bf16": lambda: prefill(16, K=256),
     "gradient K=128, bf16": gradient,
     "gradient K=128, bf16, many sequences": lambda: gradient(B=16),
-    "gradient K=128, bf16, two segments": lambda: gradient(B=1, T=2100),
+    "gradient K=128, bf16, two segments": gradient_early,
     "gradient K=128, bf16, plain": lambda: plainly(gradient),
     "gradient K=128, fp32": lambda: gradient(FP32),
     "gradient K=64, bf16": lambda: gradient(K=64),

@@ -50,7 +50,7 @@ def predictions(row: Row) -> list[model.Prediction]:
 
 def operator_figures(row: Row) -> dict[str, Any]:
     """What is accepted of a row."""
-    seconds = sum(prediction.seconds for prediction in predictions(row))
+    seconds = model.duration(record_all(call_of_row(row), model.ARCH))
     return traffic_of(row, model.ARCH) | {"predicted us": round(seconds * 1e6, 1)}
 
 

@@ -10,7 +10,7 @@ and a start. docs/performance.md has the sources of the numbers, and how far off
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.static.figures import LEAST_LOOP, count
@@ -137,6 +137,10 @@ TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
 }
 
 
+# Kernels that are launched to run while the one before does, and end after it.
+BESIDE = {"scan_hopper": "prepare_beside", "reverse_hopper": "replay_hopper"}
+
+
 def cost(launch: Launch, facts: Facts) -> Cost:
     """A program of a launch, from its first instruction to its last.
 
@@ -190,3 +194,17 @@ def predict(launch: Launch | TorchLaunch) -> Prediction:
     if transfer >= cycles / CLOCK:
         bound = "HBM"
     return Prediction(launch.kernel, START + max(transfer, cycles / CLOCK), bound)
+
+
+def duration(launches: Sequence[Launch | TorchLaunch]) -> float:
+    """Seconds of launches in order; of two beside each other, which have room, the longer one's."""
+    seconds = [predict(launch).seconds for launch in launches]
+    saved = 0.0
+    for i, launch in enumerate(launches):
+        if isinstance(launch, TorchLaunch) or launch.kernel not in BESIDE:
+            continue
+        before, half = launches[i - 1], find_arch(ARCH).multiprocessors // 2
+        is_beside = isinstance(before, Launch) and before.kernel == BESIDE[launch.kernel]
+        if is_beside and launch.programs <= half:
+            saved += min(seconds[i - 1 : i + 1])
+    return sum(seconds) - saved

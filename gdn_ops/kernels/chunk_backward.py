@@ -26,7 +26,7 @@ from .chunk_prepared import DOT, PRECISION, chunk_places, prepare
 from .chunk_segments import WHOLE, bound_kept
 from .configs import TRITON, Gpu
 from .launch import OPTIONS, fits_descriptor, strides
-from .plan import new_scratch
+from .plan import Scratch, new_scratch
 
 # Stages of the third stage's loops for packed rows where a GPU is tight, if they are not 1.
 PACKED_STAGES: dict[tuple[int, ...], int] = {(3, 8): 3}
@@ -147,7 +147,7 @@ def chunk_backward(
     )
     use_descriptors = _use_descriptors(gpu, q, k, v, do, states)
     if use_descriptors:
-        triton.set_allocator(new_scratch)
+        triton.set_allocator(Scratch())
         beta = None if beta is None else _head_major(beta)
     flags: dict[str, Any] = {
         "H": H,
@@ -212,6 +212,8 @@ def chunk_backward(
         HAS_DFINAL_STATE=dfinal_state is not None,
         **to_reverse,
     )
+    if use_descriptors:
+        triton.set_allocator(new_scratch)
     if is_hopper:
         launch_gradients(
             *(do, q, k, v, g, beta, cu_seqlens, G, both_states, writes, dq, dk, dv, dg, dbeta),

@@ -63,14 +63,14 @@ def pick_walks(N: int, chunks: int, HV: int, is_packed: bool, gpu: Gpu) -> Walks
     return Walks(
         *(split, walked),
         *(replay_hopper_kernel, options | of_few_roles),
-        *(reverse_hopper_kernel, options),
+        *(reverse_hopper_kernel, options | {"launch_pdl": True}),
     )
 
 
 def pick_split(N: int, chunks: int, HV: int, is_packed: bool, gpu: Gpu) -> Split:
-    """Segments of sequences for which that leaves multiprocessors idle, if all heads forget."""
-    # A program for each 64 of 128 rows of the state.
-    segments = gpu.multiprocessors // (2 * HV)
+    """Segments of sequences where both walks leave multiprocessors idle, if all heads forget."""
+    # Each walk has a program for each 64 of 128 rows of the state.
+    segments = gpu.multiprocessors // (4 * HV)
     if is_packed or min(segments // N, chunks // LEAST) < 2:
         return WHOLE
     return Split(segments, LEAST, has_maps=False)

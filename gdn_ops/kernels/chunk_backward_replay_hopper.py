@@ -13,7 +13,8 @@ as of chunk_scan_hopper.py:
     load        a warp: tiles of the next chunks, by tensor descriptors
     make_gates  a warp: rows of gates (chunk_backward_gates.py)
 
-Each chunk's state leaves while its first product runs, and with it what the chunk before wrote.
+Each chunk's state leaves while its first product runs, and with it what the chunk before wrote. The
+walk of chunk_backward_reverse_hopper.py, which reads nothing of this one, begins beside it.
 
 Bytes of shared memory, with ``BV`` 64 and 128: k 49152, v 24576 and 49152, X 24576, states 16384
 and 32768, u 8192 and 16384, gates 5120. Needs K = V = 128, chunks of 64 tokens of bfloat16,
@@ -57,7 +58,7 @@ from .chunk_backward_walk import (
     segment_of_program,
     sequence_of_program,
 )
-from .chunk_scan_walk import group_barrier
+from .chunk_scan_walk import group_barrier, start_next
 
 
 @gluon.jit
@@ -244,6 +245,7 @@ def replay_hopper_kernel(
     """One sequence or segment, value head and tile of V; the grid is ``N * HV * cdiv(V, BV)``."""
     gl.static_assert(K == 128 and V == 128 and BT == 64 and (BV == 64 or BV == 128))
     gl.static_assert(USE_DESCRIPTORS and USE_DESCRIPTOR_STORE)
+    start_next()
     HALVES: gl.constexpr = BV // 64
     i_v, i_hv, i_n, i_b, i_first, i_place, length = sequence_of_program(
         cu_seqlens, stride_cu_seqlens_n, T, HV, V // BV, IS_VARLEN

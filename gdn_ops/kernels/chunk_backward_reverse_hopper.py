@@ -7,7 +7,9 @@
 Tensors, strides, sizes, tiles and flags are those of chunk_backward_reverse.py, in the same order,
 so that one launch serves either kernel, and those of chunk_forget.py: segments of a batch begin
 with the chunks after them that the gradient of their last state is made of, of which nothing is
-written. The roles of a program, and of which file their code is:
+written. This walk begins beside that of chunk_backward_replay_hopper.py, which was launched before
+and writes nothing that it reads, and ends after it. The roles of a program, and of which file their
+code is:
 
     walk        a warp group for each 64 of the ``BV`` rows of the gradient of the state
                 (chunk_backward_reverse_walk.py)
@@ -33,7 +35,7 @@ from .chunk_backward_walk import (
     segment_of_program,
     sequence_of_program,
 )
-from .chunk_scan_walk import group_barrier
+from .chunk_scan_walk import group_barrier, wait_for_kernel_before
 
 # Registers of a thread of the second walk, of ``weigh`` and of the others. The first walk has what
 # they leave of 512. With 200 they spill 12 times in loops, with 208 never (Triton 3.6).
@@ -67,6 +69,8 @@ def load(tiles, gates, bars, sources, sizes, C: gl.constexpr):
             o_v = (i_v * HALVES + half) * 64
             tma.async_copy_global_to_shared(d_do, [i_t, o_v], bar, t_do)
         tma.async_copy_global_to_shared(d_X, [i_t, 0], bar, s_X.index(i_place))
+    # The kernel after this one reads what both have written.
+    wait_for_kernel_before()
 
 
 @gluon.jit

@@ -30,6 +30,13 @@ def plus(a, b):
 
 
 @gluon.jit
+def start_next():
+    """The kernel after this one, where it was launched to begin when all programs here have."""
+    asm: gl.constexpr = "griddepcontrol.launch_dependents; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(asm, "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def wait_for_kernel_before():
     """Until what the kernel before has written is there, where this one began beside it."""
     asm: gl.constexpr = "griddepcontrol.wait; mov.b32 $0, 0;"

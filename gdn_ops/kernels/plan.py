@@ -138,6 +138,20 @@ def new_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+class Scratch:
+    """The same for kernels that run beside each other: memory that is kept as long as this is.
+
+    What Triton itself gets for one launch is free when that returns, and may be what the next gets.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def __call__(self, size: int, alignment: int, stream: int | None) -> Tensor:
+        self._kept.append(new_scratch(size, alignment, stream))
+        return self._kept[-1]
+
+
 def scratch_size(binary: Any, programs: int) -> int:
     """Bytes of the memory that Triton asks an allocator for."""
     metadata = binary.metadata
