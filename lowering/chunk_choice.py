@@ -70,11 +70,10 @@ def _is_call(
         return False  # its code runs without Python
     HV, V, K = (_inductor.static_int(x) for x in (*v.get_size()[2:], q.get_size()[3]))
     rows, sequences, tokens = chunk_segments.expected(v, bounds)
-    is_split = split != WHOLE
-    if rows * tokens < (CALL_SPLIT if is_split else CALL_WHOLE):
+    if rows * tokens < (CALL_WHOLE if split == WHOLE else CALL_SPLIT):
         return False
     heads = sequences * HV
-    scan, *_ = pick_scan(tiles, K, V, heads, gpu, True, is_split and bounds is not None)
+    scan, *_ = pick_scan(tiles, K, V, heads, gpu, True)
     return scan is not scan_kernel or is_faster(K, V, q.get_dtype(), heads, gpu)
 
 

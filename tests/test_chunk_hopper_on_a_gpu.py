@@ -256,17 +256,29 @@ def test_segments_of_a_batch_agree_with_whole_sequences(T, form, is_pool, monkey
         assert_close(prefilled_by(0, call), whole)
 
 
-def test_segments_of_packed_sequences_are_scanned_by_the_plain_kernel(monkeypatch):
-    from gdn_ops.kernels import chunk, chunk_hopper
-    from gdn_ops.kernels.chunk_segments import Split
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("is_pool", [False, True], ids=["states", "pool"])
+def test_segments_of_packed_sequences_agree_with_whole_ones(form, is_pool, monkeypatch):
+    """So little is forgotten that what enters a segment is seen in its last token."""
+    from gdn_ops.kernels import chunk, chunk_segments
 
-    args, options = make_packed()
-    whole = chunk.chunk(*args, **options)
-    monkeypatch.setattr(chunk, "choose", lambda *_, **__: Split(4, 1))
-    pick = mock.Mock(side_effect=chunk_hopper.pick_scan)
-    monkeypatch.setattr(chunk, "pick_scan", pick)
-    assert_close(chunk.chunk(*args, **options), whole)
-    assert pick.call_args.args[-1] is True
+    monkeypatch.setattr(chunk_segments, "LOOK", 16)
+    lengths = (0, 1500, 64, 0, 1, 2000)
+    tokens = make_inputs(1, sum(lengths) + PADDING, H, HV, K, V, BF16, device="cuda")
+    tokens = tokens._replace(g=tokens.g / 4096)
+    bounds = cu_seqlens(lengths, device="cuda")
+    before = make_state(len(lengths), HV, V, K, device="cuda")
+
+    def call():
+        if not is_pool:
+            return chunk.chunk(*tokens, before, bounds, use_qk_l2norm=True)
+        pool, slots = before.clone(), indices([5, 1, 2, -1, 0, 4], device="cuda")
+        return chunk.chunk_(*tokens, pool, slots, None, bounds, use_qk_l2norm=True), pool
+
+    whole = prefilled_by(0, call)
+    monkeypatch.setattr(chunk, "choose", lambda *_, **__: chunk_segments.Split(8, 1))
+    assert_close(prefilled_by(form, call), whole)
+    assert_close(prefilled_by(0, call), whole)
 
 
 @pytest.mark.parametrize("form", FORMS)

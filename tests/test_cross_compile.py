@@ -207,7 +207,8 @@ def test_a_scan_reads_and_writes_its_state_16_bytes_at_a_time(facts, case):
 @pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel == "scan_hopper"]))
 def test_each_role_of_a_scan_for_hopper_has_its_loop_and_spills_nothing(facts, case):
     groups = case.launch.args["BV"] // 64
-    assert groups == (1 if case.call in ("prefill of one", "prefill segments") else 2)
+    few = ("prefill of one", "prefill segments", "prefill segments packed")
+    assert groups == (1 if case.call in few else 2)
     walks = [loop for loop in facts.loops if loop.get("HGMMA")]
     # Where chunks are prepared beside it, a loop inside of this one waits for each.
     (load,) = [loop.opcodes for loop in facts.nest if "UTMALDG" in loop.opcodes]
@@ -221,6 +222,19 @@ def test_each_role_of_a_scan_for_hopper_has_its_loop_and_spills_nothing(facts, c
     assert facts.spills == facts.stack == 0
     # The warps of loading are rounded up to a group.
     assert facts.num_warps == 4 * groups + 4
+    assert facts.registers * 32 * facts.num_warps <= find_arch("sm_90").registers
+
+
+@pytest.mark.parametrize("case", _params([c for c in LAUNCHES if c.kernel == "carry_hopper"]))
+def test_each_role_of_a_carry_for_hopper_has_its_loop_and_spills_nothing(facts, case):
+    walks = [loop for loop in facts.loops if loop.get("HGMMA")]
+    (load,) = [loop for loop in facts.loops if loop.get("UTMALDG")]
+    # [64, 128] by [128, 64], [64, 64] by [64, 64], [64, 64] by [64, 128]; 16 deep.
+    assert [walk["HGMMA"] for walk in walks] == [8 + 4 + 4] * 2
+    assert not any(walk.get("LDG", 0) + walk.get("STG", 0) for walk in walks)
+    assert not load.get("HGMMA")
+    assert facts.spills == facts.stack == 0
+    assert facts.num_warps == 12
     assert facts.registers * 32 * facts.num_warps <= find_arch("sm_90").registers
 
 

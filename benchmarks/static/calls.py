@@ -92,6 +92,14 @@ def prefill_segments() -> None:
     chunk.chunk(*tokens(1, 8200, heads=few), initial, use_qk_l2norm=True)
 
 
+def prefill_segments_pool() -> None:
+    """The same of packed sequences, in a pool."""
+    few = Heads(2, 4)
+    slots = (integers(2), new(2, dtype=torch.bool), integers(3), integers(2))
+    pool = new(33, few.HV, V, K, dtype=FP32)
+    chunk.chunk_(*tokens(1, 8200, heads=few), pool, *slots, use_qk_l2norm=True)
+
+
 def prefill_early() -> None:
     """Two segments, if all heads forget."""
     chunk.chunk(*tokens(1, 16400), states(1, FP32))
@@ -157,6 +165,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=128, bf16": lambda: prefill(16),
     "prefill K=128, bf16, one sequence": lambda: prefill(1),
     "prefill K=128, bf16, segments": prefill_segments,
+    "prefill K=128, bf16, segments, packed, pool": prefill_segments_pool,
     "prefill K=128, bf16, two segments": prefill_early,
     "prefill K=128, bf16, pointers": prefill_pointers,
     "prefill K=128, bf16, packed, pool": prefill_pool,

@@ -124,6 +124,7 @@ def _tiles_and_heads(args: Mapping[str, Any]) -> tuple[int, ...]:
 TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "recurrent": lambda args: (args["T"],),
     "carry": _segment_chunks,
+    "carry_hopper": _segment_chunks,
     "chain": _segments,
     "scan": _segment_chunks,
     "scan_hopper": _segment_chunks,

@@ -166,8 +166,7 @@ def _launch(
         )
     if split != WHOLE:
         walked = B * split.places(T, B, tiles.BT, N - 1 if is_packed else None) + is_packed
-    is_split = is_packed and split != WHOLE
-    scan, tiles, options = pick_scan(tiles, K, V, walked * HV, gpu, is_late, is_split)
+    scan, tiles, options = pick_scan(tiles, K, V, walked * HV, gpu, is_late)
     done: tuple[Tensor | None, ...] = ()
     if scan is not scan_kernel:
         done = (None if beside is None else beside.done,)

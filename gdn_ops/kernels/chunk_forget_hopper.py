@@ -1,4 +1,4 @@
-"""The functions of chunk_forget.py for kernels in Gluon, by four warps."""
+"""The functions of chunk_forget.py, and ``find_chunk``, for kernels in Gluon, by four warps."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -7,6 +7,19 @@ from .chunk_scan_walk import plus
 
 # Chunks of a segment and value head are in one thread.
 LOOKED_AT = gl.constexpr(gl.BlockedLayout([32, 1], [1, 32], [1, 4], [0, 1]))
+ROW = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def find_chunk(cu_seqlens, i_c, stride_cu_seqlens_n, N, BT, BN: gl.constexpr):
+    """The sequence of place ``i_c``, and its chunk in it: past its end in a place left over."""
+    i_n = i_c * 0 - 1
+    for i_block in range(0, N, BN):
+        o_n = i_block + gl.arange(0, BN, layout=ROW)
+        b_start = gl.load(cu_seqlens + o_n * stride_cu_seqlens_n, o_n < N, 0).to(gl.int32)
+        i_n = i_n + gl.sum(((b_start // BT + o_n <= i_c) & (o_n < N)).to(gl.int32), 0)
+    i_start = gl.load(cu_seqlens + i_n * stride_cu_seqlens_n).to(gl.int32)
+    return i_n, i_c - (i_start // BT + i_n)
 
 
 @gluon.jit
@@ -21,7 +34,7 @@ def find_segment(i_s, T, B, BT: gl.constexpr, SEGMENTS: gl.constexpr, LEAST: gl.
 @gluon.jit
 def find_forgotten(p_kept, chunks, HV: gl.constexpr, FORGOTTEN: gl.constexpr, LOOK: gl.constexpr):
     """Of the last LOOK of ``chunks`` the last that nothing is left of the state before; or 0."""
-    i_c = chunks - LOOK + gl.arange(0, LOOK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    i_c = chunks - LOOK + gl.arange(0, LOOK, layout=ROW)
     b_kept = gl.load(p_kept + i_c * HV, i_c >= 0, 0.0)
     b_kept = gl.associative_scan(b_kept, 0, plus, reverse=True)
     return gl.max(gl.where((i_c >= 0) & (b_kept < FORGOTTEN), i_c, 0), 0)
@@ -32,7 +45,7 @@ def find_forgotten_back(
     p_kept, chunks, HV: gl.constexpr, FORGOTTEN: gl.constexpr, LOOK: gl.constexpr
 ):
     """Of the first LOOK of ``chunks`` so many that nothing is left of a state after; or all."""
-    i_c = gl.arange(0, LOOK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    i_c = gl.arange(0, LOOK, layout=ROW)
     b_kept = gl.load(p_kept + i_c * HV, i_c < chunks, 0.0)
     b_kept = gl.associative_scan(b_kept, 0, plus)
     return gl.min(gl.where((i_c < chunks) & (b_kept < FORGOTTEN), i_c + 1, chunks), 0)

@@ -33,7 +33,7 @@ def pick_rows(heads: int, gpu: Gpu) -> tuple[int, dict[str, Any]]:
 
 
 def pick_scan(
-    tiles: Any, K: int, V: int, heads: int, gpu: Gpu, is_late: bool, is_split: bool
+    tiles: Any, K: int, V: int, heads: int, gpu: Gpu, is_late: bool
 ) -> tuple[Any, Any, dict[str, Any]]:
     """The kernel, its tiles, and further options of Triton.
 
@@ -48,9 +48,8 @@ def pick_scan(
         heads: States of the call: of sequences, or of segments.
         gpu: The GPU.
         is_late: Whether tokens come and the output goes by descriptors.
-        is_split: Whether packed sequences are split, whose places only ``scan_kernel`` looks up.
     """
-    if not (serves(K, V, gpu) and tiles.BT == 64 and is_late) or is_split:
+    if not (serves(K, V, gpu) and tiles.BT == 64 and is_late):
         return scan_kernel, tiles, {}
     # Not at the top: a Triton without Gluon has the other kernel.
     from .chunk_scan_hopper import scan_hopper_kernel

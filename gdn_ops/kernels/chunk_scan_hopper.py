@@ -30,15 +30,14 @@ barrier of its group, and needs none for this. Bytes, with ``BV`` 64 and 128:
     decays                 3 x  256 ROWS     2304      2304    with USE_QK_L2NORM; else 1536
 
 A thread of a walk has 240 registers. Needs K = V = 128, chunks of 64 tokens of 16 bits, descriptors
-for tokens and output, packed sequences that are whole, sm_90, and a Triton of ``GLUON`` in
-chunk_hopper.py, which has its times.
+for for tokens and output, sm_90, and a Triton of ``GLUON`` in chunk_hopper.py, which has its times.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .chunk_forget_hopper import all_forget, find_forgotten, find_segment
+from .chunk_forget_hopper import all_forget, find_chunk, find_forgotten, find_segment
 from .chunk_prepare import load_bounds
 from .chunk_scan_walk import (
     group_barrier,
@@ -201,7 +200,6 @@ def scan_hopper_kernel(
     gl.static_assert(K == 128 and V == 128 and BK == 128 and BT == 64)
     gl.static_assert(BV == 64 or BV == 128)
     gl.static_assert(USE_DESCRIPTORS and USE_DESCRIPTOR_STORE)
-    gl.static_assert(SEGMENTS == 1 or not IS_VARLEN)
     NV: gl.constexpr = V // BV
     i_v = gl.program_id(0) % NV
     i_hv = gl.program_id(0) // NV % HV
@@ -217,6 +215,12 @@ def scan_hopper_kernel(
     is_live = i_n >= 0
     if IS_VARLEN:
         N = gl.num_programs(0) // (NV * HV) - 1
+        if SEGMENTS > 1:
+            N = N - gl.cdiv(T, chunks * BT)
+            place = i_s.to(gl.int32)
+            i_n, i_segment = find_chunk(
+                cu_seqlens, place, stride_cu_seqlens_n, N + 1, chunks * BT, BN
+            )
         is_live = i_n < N
         i_start, length = load_bounds_of_sequence(cu_seqlens, i_n, stride_cu_seqlens_n, N, T)
         i_first = i_start.to(gl.int64)
@@ -240,11 +244,15 @@ def scan_hopper_kernel(
     # Chunks that are walked before the segment's own.
     i_own = 0
     if SEGMENTS > 1:
-        # The batch has no places that are left over.
         i_chunk = i_segment * chunks
         rest = length - i_chunk * BT
         is_last = is_live & (rest <= chunks * BT)
         length = gl.minimum(rest, chunks * BT)
+        if IS_VARLEN:
+            # Places that are left over have no tokens, and are not the last.
+            is_last = is_last & ((rest > 0) | (i_segment == 0))
+            i_chunk = gl.where(rest > 0, i_chunk, 0)
+            length = gl.maximum(length, 0)
         if HAS_KEPT:
             is_early = all_forget(kept, T, B, chunks, HV, BT, FORGOTTEN, LOOK, BN)
             i_begin = find_forgotten(kept + i_place * HV + i_hv, i_chunk, HV, FORGOTTEN, LOOK)

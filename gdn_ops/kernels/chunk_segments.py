@@ -23,11 +23,12 @@ from .chunk_prepared import chunk_places
 from .configs import Gpu, cdiv, next_power_of_2
 from .launch import launch, strides
 
-# us on an H200 (Triton 3.6, 2026-11-30), K = V = 128 and bfloat16: a chunk in the scan, in the one
-# in Gluon; of both its 0.25 more where all multiprocessors walk and one in the carry, where two
-# programs share a multiprocessor and where one has it; a segment in the chain; what the launches
-# take beside that; and what it takes to look at what is forgotten.
-SCAN, SCAN_HOPPER, CARRY, CARRY_ALONE, CHAIN, START = 1.27, 0.97, 1.65, 1.25, 2.55, 9.0
+# us on an H200 (Triton 3.6, 2026-12-01), K = V = 128 and bfloat16: a chunk in the scan, and in the
+# one in Gluon; of both its 0.25 more where all multiprocessors walk and one in the carry, where two
+# programs share a multiprocessor and where one has it, and in the carry in Gluon; a segment in the
+# chain; what the launches take beside that; and what it takes to look at what is forgotten.
+SCAN, SCAN_HOPPER, CARRY, CARRY_ALONE, CARRY_HOPPER = 1.27, 0.97, 1.65, 1.25, 1.15
+CHAIN, START = 2.55, 12.0
 LOOKING = 15.0
 # A chunk of a head where it is prepared before the scan, and the first ones beside it.
 PREPARE, PREPARE_FIRST = 0.0215, 14.0
@@ -88,14 +89,14 @@ def choose(
     """How to split the sequences of a call, by what it takes.
 
     As many segments as there are multiprocessors for, where that is faster also if nothing is
-    forgotten, or hardly slower. us (H200, Triton 3.6, 2026-11-30), of 8 value heads whole, with
+    forgotten, or hardly slower. us (H200, Triton 3.6, 2026-12-01), of 8 value heads whole, with
     maps, and where all heads forget within 14 chunks; of others with maps, whole with chunks that
     are prepared beside, and where all forget:
 
         value heads              8              16              32
         4096 tokens     75  83  61     104  77  77     121 100 100
-        8192           142 111  79     162 148 111     221 183 183
-        32768          548 289 200     504 501 369     913 697 665
+        8192           136 114  79     154 148 111     221 183 183
+        32768          498 286 200     475 505 349     913 697 665
 
     Args:
         N: Sequences.
@@ -118,14 +119,15 @@ def choose(
     if BK > 128 or dtype == torch.float32:
         return WHOLE
     each = max(min(segments // N, length // LEAST), 1)
-    is_alone = 2 * programs * N * (each - 1) <= gpu.multiprocessors
+    is_hopper = serves(BK, V, gpu) and not is_template
+    carry = CARRY_ALONE if 2 * programs * N * (each - 1) <= gpu.multiprocessors else CARRY
+    carry = CARRY_HOPPER if is_hopper else carry
     walked = length / each
     rounds = cdiv(N * HV * cdiv(V, chain_tiles(gpu).BV), gpu.multiprocessors)
-    cost = walked * (CARRY_ALONE if is_alone else CARRY) + CHAIN * each * rounds + START
+    cost = walked * carry + CHAIN * each * rounds + START
     cost += 0.0 if is_template else LOOKING
     cost += PREPARE * chunks * HV - PREPARE_FIRST if is_beside else 0.0
-    scan = SCAN_HOPPER if serves(BK, V, gpu) and not is_template else SCAN
-    saved = scan * (length - walked)
+    saved = (SCAN_HOPPER if is_hopper else SCAN) * (length - walked)
     if saved > cost:
         return Split(segments, LEAST)
     if is_beside and not needs_maps and saved > LEAST_SAVED:
@@ -139,6 +141,32 @@ class Tiles(NamedTuple):
     BV: int
     num_warps: int
     num_stages: int
+
+
+class Carry(NamedTuple):
+    """A kernel, its tiles, and further options of Triton."""
+
+    kernel: Any
+    tiles: Tiles
+    options: dict[str, Any]
+
+
+def pick_carry(tiles: Any, K: int, V: int, use_descriptors: bool, gpu: Gpu) -> Carry:
+    """The kernel that finds what segments do to states.
+
+    Args:
+        tiles: Those of ``scan_kernel``.
+        K: Key size.
+        V: Value size.
+        use_descriptors: Whether 16-bit tokens come by descriptors.
+        gpu: The GPU.
+    """
+    if not (use_descriptors and tiles.BT == 64 and serves(K, V, gpu)):
+        return Carry(carry_kernel, carry_tiles(tiles.BV, gpu), {})
+    # Not at the top: a Triton without Gluon has the other kernel.
+    from .chunk_carry_hopper import carry_hopper_kernel
+
+    return Carry(carry_hopper_kernel, Tiles(128, 4, 3), {"launch_pdl": True})
 
 
 def carry_tiles(BV: int, gpu: Gpu) -> Tiles:
@@ -226,7 +254,7 @@ def enter_segments(
     places = split.places(T, B, tiles.BT, None if cu_seqlens is None else N)
     carry = torch.empty((B, places, HV, V + K, K), dtype=torch.float32, device=k.device)
     states = torch.empty((B, places, HV, V, K), dtype=torch.float32, device=k.device)
-    carry_tile = carry_tiles(tiles.BV, gpu)
+    kernel, carry_tile, options = pick_carry(tiles, K, V, constants["USE_DESCRIPTORS"], gpu)
     chain_tile = chain_tiles(gpu)
     sizes = {
         "BT": tiles.BT,
@@ -238,13 +266,14 @@ def enter_segments(
         **split.constants(),
     }
     launch(
-        carry_kernel,
+        kernel,
         B * places * HV * (cdiv(V, carry_tile.BV) + cdiv(K, carry_tile.BV)),
         (k, v, inverse, decays, kept, cu_seqlens, carry),
         (*k.stride(), *v.stride(), *strides(cu_seqlens, 1), *carry.stride(), T, B),
         H=H,
         HAS_KEPT=True,
         **carry_tile._asdict(),
+        **options,
         **sizes,
         **constants,
     )

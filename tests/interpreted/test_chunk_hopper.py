@@ -26,6 +26,7 @@ def kernels(request, monkeypatch):
 
     from gdn_ops.kernels import (
         chunk,
+        chunk_carry_hopper,
         chunk_forget_hopper,
         chunk_fused_hopper,
         chunk_fused_inverse,
@@ -56,7 +57,7 @@ def kernels(request, monkeypatch):
     monkeypatch.setattr(chunk_prepare_beside, "multiprocessor", where)
     monkeypatch.setattr(chunk_prepare_beside, "release", lambda p_done: tl.store(p_done, 1))
     fused = (chunk_fused_hopper, chunk_fused_inverse, chunk_fused_walk)
-    scan = (chunk_forget_hopper, chunk_scan_hopper, chunk_scan_walk)
+    scan = (chunk_carry_hopper, chunk_forget_hopper, chunk_scan_hopper, chunk_scan_walk)
     with interpreted((*scan, *fused), monkeypatch) as launchers:
         yield chunk
     assert where.called == (request.param == "beside")
@@ -156,6 +157,26 @@ def test_segments_agree_with_whole_sequences(rates, has_maps, kernels, monkeypat
     args[3].mul_(1 / 64).sub_(torch.tensor(rates))
     whole = kernels.chunk(*args, **options)
     monkeypatch.setattr(kernels, "choose", lambda *_, **__: Split(4, 1, has_maps))
+    for x, y in zip(kernels.chunk(*args, **options), whole, strict=True):
+        assert (x.float() - y.float()).norm() <= 2**-7 * y.float().norm()
+
+
+@pytest.mark.parametrize("kernels", [1, 2], indirect=True)
+@pytest.mark.parametrize("options", [{}, NORMS], ids=["as given", "norms"])
+def test_segments_of_packed_sequences_agree_with_whole_ones(options, kernels, monkeypatch):
+    """Of which some have no token, some less than a chunk, and some several segments.
+
+    So little is forgotten that what enters a segment is seen in its last token.
+    """
+    from gdn_ops.kernels import chunk_segments
+
+    monkeypatch.setattr(chunk_segments, "LOOK", 4)
+    lengths = (0, 300, 64, 0, 1, 200)
+    (*tokens, _), options = _batch(T=sum(lengths) + PADDING, **options)
+    tokens[3] /= 1024
+    args = (*tokens, make_state(len(lengths), HV, V, K), cu_seqlens(lengths))
+    whole = kernels.chunk(*args, **options)
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: chunk_segments.Split(6, 1))
     for x, y in zip(kernels.chunk(*args, **options), whole, strict=True):
         assert (x.float() - y.float()).norm() <= 2**-7 * y.float().norm()
 
