@@ -22,6 +22,7 @@ from benchmarks.static.collect import OPERATOR_ROWS, kernel_figures, kernels, tr
 from benchmarks.static.figures import DIRECTIONS, count, main_part
 from benchmarks.static.launches import TorchLaunch, record, record_all
 from gdn_ops.kernels import recurrent
+from gdn_ops.kernels.chunk_hopper import has_gluon
 from lowering.arch import find_arch
 from lowering.sass import compile_kernel
 
@@ -198,6 +199,16 @@ def test_the_model_is_never_faster_than_memory():
     assert model.predict(launch).seconds >= traffic.bytes_moved(launch) / model.BANDWIDTH
     copy = TorchLaunch("copy_", (new(1000),))
     assert model.predict(copy).seconds == model.START + 2000 / model.BANDWIDTH
+
+
+@pytest.mark.skipif(not has_gluon(), reason="other kernels run one after the other")
+def test_kernels_beside_each_other_take_as_long_as_the_longer_one_where_they_have_room():
+    launches = record(call_of_row(Row("train", 1, 8192)), ARCH)
+    walks = [x for x in launches if x.kernel in ("replay_hopper", "reverse_hopper")]
+    seconds = [model.predict(x).seconds for x in walks]
+    assert model.duration(walks) == pytest.approx(max(seconds))
+    many = [dataclasses.replace(x, programs=132) for x in walks]
+    assert model.duration(many) == pytest.approx(sum(model.predict(x).seconds for x in many))
 
 
 def test_a_program_takes_a_chain_alone_and_its_busiest_pipe_in_company():

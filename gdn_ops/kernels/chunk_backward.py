@@ -147,6 +147,7 @@ def chunk_backward(
     )
     use_descriptors = _use_descriptors(gpu, q, k, v, do, states)
     if use_descriptors:
+        # Both walks run beside each other; what they need for that is free behind the second.
         triton.set_allocator(Scratch())
         beta = None if beta is None else _head_major(beta)
     flags: dict[str, Any] = {

@@ -4,10 +4,10 @@ The scan of one sequence has few programs, one after another chunk. Split, each 
 state that enters it. Where all heads forget what was long before (chunk_forget.py), it is made of
 the few chunks before the segment, and the scan begins with them. Where they do not, each segment
 but the last is walked twice: ``carry_kernel`` (chunk_carry.py) finds what it does to the state that
-enters it, and ``chain_kernel`` (chunk_chain.py) which state that is. With four segments or fewer
-that is no faster than a sequence that is walked whole while its chunks are prepared
-(chunk_beside.py), so those are split only if all forget; what they do is known to the kernels
-alone, which find out first.
+enters it, and ``chain_kernel`` (chunk_chain.py) which state that is. With two segments, or with
+four short ones, that is no faster than a sequence that is walked whole while its chunks are
+prepared (chunk_beside.py), so those are split only if all forget; what they do is known to the
+kernels alone, which find out first.
 """
 
 from typing import Any, NamedTuple
