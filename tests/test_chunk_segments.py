@@ -34,7 +34,7 @@ def _segments(*args, **options):
 
 def test_long_sequences_of_few_heads_are_split_and_no_others():
     assert [_segments(1, 8192, HV) for HV in (4, 8, 16, 32, 64)] == [16, 8, 4, 1, 1]
-    assert [_segments(1, T, 4) for T in (1, 1024, 4096, 2**20)] == [1, 1, 1, 16]
+    assert [_segments(1, T, 4) for T in (1, 1024, 2048, 2**20)] == [1, 1, 1, 16]
     assert [_segments(1, T, 32) for T in (8192, 16384, 32768)] == [1, 1, 1]
     assert [_segments(N, 8192, 8) for N in (1, 2, 4, 8, 64)] == [8, 8, 1, 1, 1]
 
