@@ -118,3 +118,18 @@ def test_code_for_every_packing_is_split_and_reads_no_bound_on_the_host():
     (module,) = generate(prefill, (*_tokens(1, 100), pool, slots, None, integers(4)), dynamic=True)
     assert len(module.launches) == 4
     assert ".item()" not in module.code
+
+
+@on_no_gpu
+@pytest.mark.skipif(not has_gluon(), reason="needs the Gluon of a Triton that is known")
+@pytest.mark.parametrize(("T", "is_call"), [(8192, False), (32768, True)])
+def test_packed_sequences_of_many_tokens_are_a_call_of_what_is_in_gluon(T, is_call, caplog):
+    def prefill(*args):
+        return gdn_ops.chunk_(*args)
+
+    pool, slots = new(9, 4, V, K, dtype=torch.float32), integers(1)
+    with caplog.at_level(logging.DEBUG, "lowering"):
+        (module,) = generate(prefill, (*_tokens(1, T), pool, slots, None, integers(2)))
+    assert len(module.launches) == (0 if is_call else 4)
+    said = "gdn_chunk: stays a call of the operator: its kernels in Gluon are faster"
+    assert (said in caplog.messages) == is_call
