@@ -30,7 +30,7 @@ barrier of its group, and needs none for this. Bytes, with ``BV`` 64 and 128:
     decays                 3 x  256 ROWS     2304      2304    with USE_QK_L2NORM; else 1536
 
 A thread of a walk has 240 registers. Needs K = V = 128, chunks of 64 tokens of 16 bits, descriptors
-for for tokens and output, sm_90, and a Triton of ``GLUON`` in chunk_hopper.py, which has its times.
+for tokens and output, sm_90, and a Triton of ``GLUON`` in chunk_hopper.py, which has its times.
 """
 
 from triton.experimental import gluon
