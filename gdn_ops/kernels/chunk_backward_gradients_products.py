@@ -39,7 +39,7 @@ from .chunk_backward_gates import (
     TO_K,
     TO_Q,
 )
-from .chunk_scan_walk import group_barrier, tile_layout
+from .chunk_scan_walk import XC, XL, XR, group_barrier, tile_layout
 
 # Places of tiles of tokens.
 PLACES = gl.constexpr(4)
@@ -47,9 +47,6 @@ PLACES = gl.constexpr(4)
 # of decays to the end of the chunk; of the second group beta dbeta.
 BY_TOKEN, BY_TAIL, BY_BETA = (gl.constexpr(i) for i in range(3))
 SUMS = gl.constexpr(3)
-# Sums of products, their rows and columns.
-XL = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-XR, XC = (gl.constexpr(gl.SliceLayout(n, XL)) for n in (1, 0))
 TILE = gl.constexpr(tile_layout())
 
 

@@ -44,21 +44,14 @@ from .chunk_backward_gates import (
 )
 from .chunk_backward_walk import (
     PLACES,
-    SA,
-    SC,
-    SL,
-    SR,
     STATE,
     TILE,
     TILE_3,
-    XA,
-    XC,
-    XL,
     addresses_of_gates,
     segment_of_program,
     sequence_of_program,
 )
-from .chunk_scan_walk import group_barrier, start_next
+from .chunk_scan_walk import SA, SC, SL, SR, XA, XC, XL, group_barrier, start_next
 
 
 @gluon.jit

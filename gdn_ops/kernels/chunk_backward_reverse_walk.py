@@ -22,8 +22,8 @@ from .chunk_backward_gates import (
     THROUGH_Q,
     TO_Q,
 )
-from .chunk_backward_walk import PLACES, SA, SC, SL, SR, STATE, TILE, TILE_3, XA, XC, XL, XR
-from .chunk_scan_walk import group_barrier
+from .chunk_backward_walk import PLACES, STATE, TILE, TILE_3
+from .chunk_scan_walk import SA, SC, SL, SR, XA, XC, XL, XR, group_barrier
 
 
 @gluon.jit

@@ -11,10 +11,6 @@ from .chunk_scan_walk import tile_layout
 # Chunks whose tokens are in shared memory.
 PLACES = gl.constexpr(3)
 TILE, TILE_3 = gl.constexpr(tile_layout()), gl.constexpr(tile_layout(3))
-# States [V, K], and what is multiplied by them [V, BT]; as left operands; rows and columns.
-SL, XL = (gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])) for n in (128, 64))
-SA, XA = (gl.constexpr(gl.DotOperandLayout(0, x, 2)) for x in (SL, XL))
-SR, SC, XR, XC = (gl.constexpr(gl.SliceLayout(n, x)) for x in (SL, XL) for n in (1, 0))
 # A state as descriptors of places have it.
 STATE = gl.constexpr([1, 64, 128])
 

@@ -30,7 +30,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .chunk_forget_hopper import all_forget, find_chunk, find_forgotten, find_segment
 from .chunk_scan_hopper import load_bounds_of_sequence, row_layout
-from .chunk_scan_walk import group_barrier, tile_layout, wait_for_kernel_before
+from .chunk_scan_walk import (
+    SA,
+    SC,
+    SR,
+    XA,
+    XC,
+    XL,
+    group_barrier,
+    tile_layout,
+    wait_for_kernel_before,
+)
 
 
 @gluon.jit
@@ -82,13 +92,9 @@ def walk_chunks(tiles, bars, sources, sizes, carry, C: gl.constexpr, HALF: gl.co
     full, free = bars
     chunks, _, is_identity = sizes
     DOT: gl.constexpr = s_k.dtype
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    PLACE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
-    STATE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PLACE, 2)
-    b_zero = gl.zeros((64, BT), gl.float32, PLACE)
-    o_v = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, STATE))
-    o_k = gl.arange(0, 128, layout=gl.SliceLayout(0, STATE))
+    b_zero = gl.zeros((64, BT), gl.float32, XL)
+    o_v = HALF * 64 + gl.arange(0, 64, layout=SR)
+    o_k = gl.arange(0, 128, layout=SC)
     b_S = gl.where((o_v[:, None] == o_k[None, :]) & is_identity, 1.0, 0.0)
     for i in range(chunks):
         i_stage = i % STAGES
@@ -96,23 +102,23 @@ def walk_chunks(tiles, bars, sources, sizes, carry, C: gl.constexpr, HALF: gl.co
         b_k = s_k.index(i_stage)
         t_decay = s_decays.index(ROWS * i_stage)
         t_last = s_decays.index(ROWS * i_stage + ROWS - 1)
-        b_Sd = gl.convert_layout(b_S.to(DOT), OPERAND)
+        b_Sd = gl.convert_layout(b_S.to(DOT), XA)
         b_x = warpgroup_mma(b_Sd, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
         # Every warp has left the chunk before.
         group_barrier()
         mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        b_decay = -t_decay.load(gl.SliceLayout(0, PLACE))
+        b_decay = -t_decay.load(XC)
         if ROWS == 3:
-            b_decay = b_decay * s_decays.index(ROWS * i_stage + 1).load(gl.SliceLayout(0, PLACE))
-        b_v = s_v.index(2 * i_stage + HALF).permute((1, 0)).load(PLACE)
+            b_decay = b_decay * s_decays.index(ROWS * i_stage + 1).load(XC)
+        b_v = s_v.index(2 * i_stage + HALF).permute((1, 0)).load(XL)
         b_x = warpgroup_mma_wait(0, deps=(b_x,))
         b_x = b_x * b_decay[None, :] + b_v.to(gl.float32)
-        b_xd = gl.convert_layout(b_x.to(DOT), OPERAND)
+        b_xd = gl.convert_layout(b_x.to(DOT), XA)
         b_inverse = s_inverse.index(i_stage).permute((1, 0))
         b_u = warpgroup_mma(b_xd, b_inverse, b_zero, use_acc=False, is_async=True)
-        b_S = b_S * t_last.load(gl.SliceLayout(1, STATE))[:, None]
+        b_S = b_S * t_last.load(SR)[:, None]
         b_u = warpgroup_mma_wait(0, deps=(b_u,))
-        b_ud = gl.convert_layout(b_u.to(DOT), STATE_OPERAND)
+        b_ud = gl.convert_layout(b_u.to(DOT), SA)
         b_S = warpgroup_mma(b_ud, b_k, b_S, is_async=True)
         b_S = warpgroup_mma_wait(0, deps=(b_S,))
     p_carry, stride_r, stride_k, m_carry = carry

@@ -31,18 +31,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .chunk_scan_walk import group_barrier
+from .chunk_scan_walk import XA, XC, XL, XR, group_barrier
 
 # Tokens of a chunk; stages of tokens and gates, and of matrices.
 BT, STAGES, SLOTS = gl.constexpr(64), gl.constexpr(3), gl.constexpr(2)
-# Sums of wgmma, 64 x 128 and 64 x 64, and of mma.sync, blocks of 16 and block columns 64 x 16.
-# Then their left operands (A), right operands (B), rows (R) and columns (C).
-SL, XL = (gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])) for n in (128, 64))
+# Sums of mma.sync, blocks of 16 and block columns 64 x 16. Then, as in chunk_scan_walk.py, their
+# left operands (A), right operands (B), rows (R) and columns (C).
 DL = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
 CL = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
-SA, XA, CA = (gl.constexpr(gl.DotOperandLayout(0, x, 2)) for x in (SL, XL, CL))
-CB = gl.constexpr(gl.DotOperandLayout(1, CL, 2))
-SR, SC, XR, XC = (gl.constexpr(gl.SliceLayout(n, x)) for x in (SL, XL) for n in (1, 0))
+CA, CB = (gl.constexpr(gl.DotOperandLayout(n, CL, 2)) for n in (0, 1))
 DR, DC = (gl.constexpr(gl.SliceLayout(n, DL)) for n in (2, 1))
 # Tiles of tokens; matrices, whose blocks of 16 columns lie apart, so that one can be read alone;
 # rows of gates.

@@ -23,25 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .chunk_fused_inverse import (
-    BT,
-    DC,
-    DL,
-    DR,
-    SA,
-    SC,
-    SL,
-    SLOTS,
-    SR,
-    STAGES,
-    TILE,
-    XA,
-    XC,
-    XL,
-    XR,
-    row_of_blocks,
-)
-from .chunk_scan_walk import group_barrier
+from .chunk_fused_inverse import BT, DC, DL, DR, SLOTS, STAGES, TILE, row_of_blocks
+from .chunk_scan_walk import SA, SC, SL, SR, XA, XC, XL, XR, group_barrier
 
 
 @gluon.jit

@@ -16,6 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # Triton 3.7 has another name for it.
 group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# Sums of products of a warp group, states [64, 128] and what is multiplied by them [64, 64]; as
+# left operands; rows and columns.
+SL, XL = (gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])) for n in (128, 64))
+SA, XA = (gl.constexpr(gl.DotOperandLayout(0, x, 2)) for x in (SL, XL))
+SR, SC, XR, XC = (gl.constexpr(gl.SliceLayout(n, x)) for x in (SL, XL) for n in (1, 0))
 
 
 @gluon.constexpr_function
@@ -88,16 +93,11 @@ def walk_chunks(
     d_o = tma.make_tensor_descriptor(p_o, [rows, 128], [stride_o, 1], [BT, 64], tile_layout())
     full, free = bars
     DOT: gl.constexpr = s_k.dtype
-    # States [V, K], and what is multiplied by them [V, BT]; as operands in registers.
-    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    PLACE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
-    STATE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PLACE, 2)
-    b_zero = gl.zeros((64, BT), gl.float32, PLACE)
+    b_zero = gl.zeros((64, BT), gl.float32, XL)
     i_first = (i_v * HALVES + HALF) * 64
-    o_v = i_first + gl.arange(0, 64, layout=gl.SliceLayout(1, STATE))
-    o_k = gl.arange(0, 128, layout=gl.SliceLayout(0, STATE))
-    b_S = gl.zeros((64, 128), gl.float32, STATE)
+    o_v = i_first + gl.arange(0, 64, layout=SR)
+    o_k = gl.arange(0, 128, layout=SC)
+    b_S = gl.zeros((64, 128), gl.float32, SL)
     if READS_STATES:
         wait_for_kernel_before()
     if HAS_STATE:
@@ -117,7 +117,7 @@ def walk_chunks(
         t_v = s_v.index(HALVES * i_stage + HALF).permute((1, 0))
         t_decay = s_decays.index(ROWS * i_stage)
         t_last = s_decays.index(ROWS * i_stage + ROWS - 1)
-        b_Sd = gl.convert_layout(b_S.to(DOT), OPERAND)
+        b_Sd = gl.convert_layout(b_S.to(DOT), XA)
         b_x = warpgroup_mma(b_Sd, b_k.permute((1, 0)), b_zero, use_acc=False, is_async=True)
         b_o = warpgroup_mma(b_Sd, b_q, b_zero, use_acc=False, is_async=True)
         stage_output(b_od, b_out)
@@ -127,23 +127,23 @@ def walk_chunks(
         i_before = gl.where(i > i_own, i - 1 - i_own, chunks)
         tma.async_copy_shared_to_global(d_o, [i_before * BT, i_first], b_out)
         b_x = warpgroup_mma_wait(1, deps=(b_x,))
-        b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
-        b_v = t_v.load(PLACE)
+        b_decay = t_decay.load(XC)
+        b_v = t_v.load(XL)
         if ROWS == 3:
-            b_ratio = s_decays.index(ROWS * i_stage + 1).load(gl.SliceLayout(0, PLACE))
+            b_ratio = s_decays.index(ROWS * i_stage + 1).load(XC)
             b_x = b_x * (b_decay * -b_ratio)[None, :] + b_v.to(gl.float32)
         else:
             b_x = b_x * (-b_decay)[None, :] + b_v.to(gl.float32)
-        b_xd = gl.convert_layout(b_x.to(DOT), OPERAND)
+        b_xd = gl.convert_layout(b_x.to(DOT), XA)
         b_u = warpgroup_mma(b_xd, b_inverse, b_zero, use_acc=False, is_async=True)
-        b_S = b_S * t_last.load(gl.SliceLayout(1, STATE))[:, None]
+        b_S = b_S * t_last.load(SR)[:, None]
         b_o = warpgroup_mma_wait(1, deps=(b_o,))
         if HALVES == 2:  # once more, which takes fewer registers
-            b_decay = t_decay.load(gl.SliceLayout(0, PLACE))
+            b_decay = t_decay.load(XC)
         b_o = b_o * b_decay[None, :]
         b_o = warpgroup_mma(b_xd, b_weights, b_o, is_async=True)
         b_u = warpgroup_mma_wait(1, deps=(b_u,))
-        b_ud = gl.convert_layout(b_u.to(DOT), STATE_OPERAND)
+        b_ud = gl.convert_layout(b_u.to(DOT), SA)
         b_S = warpgroup_mma(b_ud, b_k, b_S, is_async=True)
         b_o = warpgroup_mma_wait(1, deps=(b_o,))
         b_od = (b_o * scale).to(DOT)
