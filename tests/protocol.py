@@ -67,6 +67,11 @@ class Tile:
         return ANY
 
 
+def named(trace, names):
+    """A tile for each of these names."""
+    return tuple(Tile(trace, name) for name in names.split())
+
+
 class Language:
     """``gl``, where only what decides what is done next is computed."""
 
@@ -172,6 +177,7 @@ def noted(modules, monkeypatch, **others):
         "mma_v2": lambda *_: ANY,
         "fence_async_shared": lambda: None,
         "group_barrier": lambda: trace.append(("group barrier",)),
+        "wait_for_kernel_before": lambda: None,
         **others,
     }
     with monkeypatch.context() as patch:

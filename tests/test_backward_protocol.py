@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from protocol import ANY, Kernel, Tile, noted, without
+from protocol import ANY, Kernel, named, noted, without
 
 from gdn_ops.kernels.chunk_hopper import has_gluon
 
@@ -33,12 +33,7 @@ class Number(int):
 NUMBERS = {
     "load_gates": lambda *_: (ANY,) * 5,
     "range": lambda n: map(Number, range(n)),
-    "wait_for_kernel_before": lambda: None,
 }
-
-
-def _named(trace, names):
-    return tuple(Tile(trace, name) for name in names.split())
 
 
 def _replay(role, chunks, halves, _has_norms, monkeypatch):
@@ -54,9 +49,9 @@ def _replay(role, chunks, halves, _has_norms, monkeypatch):
         }[role]
         of_tokens = ((ANY, ANY), (ANY, ANY), ANY)
         function(
-            _named(trace, "k v X S u"),
-            _named(trace, "gates full_g free_g"),
-            _named(trace, "full free"),
+            named(trace, "k v X S u"),
+            named(trace, "gates full_g free_g"),
+            named(trace, "full free"),
             (of_tokens, (ANY, ANY, ANY), (ANY, (ANY, ANY), (ANY, ANY, ANY, ANY))),
             (0, ANY, ANY, chunks, 1),
             (1.0, 2, True, True, halves, True, True),
@@ -79,9 +74,9 @@ def _reverse(role, chunks, halves, _has_norms, monkeypatch):
         }[role]
         of_tokens = ((ANY, ANY), (ANY, ANY), (ANY, ANY), ANY)
         function(
-            _named(trace, "q k do X P dS"),
-            _named(trace, "gates full_g free_g"),
-            _named(trace, "full free full_P free_P"),
+            named(trace, "q k do X P dS"),
+            named(trace, "gates full_g free_g"),
+            named(trace, "full free full_P free_P"),
             (of_tokens, (ANY, ANY, ANY), (ANY, (ANY, ANY), (ANY, ANY, ANY, ANY), (ANY, ANY))),
             (0, ANY, ANY, chunks, ANY),
             (1.0, 2, True, True, halves, True, True, True),
@@ -106,11 +101,11 @@ def _gradients(role, chunks, _halves, has_norms, monkeypatch, valid=64, heads=2)
         }[role]
         of_tokens = ((ANY,) * 4,) * 2 + (ANY,) * 3 + ((ANY,) * 4,) * 2
         function(
-            _named(trace, "q k F tokens S dS"),
-            _named(trace, "gates sums norms state"),
+            named(trace, "q k F tokens S dS"),
+            named(trace, "gates sums norms state"),
             (
-                _named(trace, "full_qk free_qk full_t free_t full_g free_g"),
-                _named(trace, "full_S free_S full_dS free_dS full_p free_p full_F full_N full_o"),
+                named(trace, "full_qk free_qk full_t free_t full_g free_g"),
+                named(trace, "full_S free_S full_dS free_dS full_p free_p full_F full_N full_o"),
             ),
             (*of_tokens, ANY, (ANY,) * 5, (ANY, ANY)),
             (ANY, ANY, ANY, ANY, ANY, chunks, ANY, ANY),

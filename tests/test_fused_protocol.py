@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from protocol import ANY, Kernel, Tile, noted, without
+from protocol import ANY, Kernel, named, noted, without
 
 from gdn_ops.kernels.chunk_hopper import has_gluon
 
@@ -28,7 +28,7 @@ def _trace(role, chunks, has_norms, monkeypatch):
     }
     with noted(modules, monkeypatch, **of_registers) as trace:
         tiles, factors, gates, bars = (
-            tuple(Tile(trace, name) for name in names.split())
+            named(trace, names)
             for names in (
                 "q k v",
                 "u du d zd inverse weights",

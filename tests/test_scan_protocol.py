@@ -4,26 +4,21 @@ import pytest
 
 pytest.importorskip("triton")
 
-from protocol import ANY, Kernel, Tile, noted, without
+from protocol import ANY, Kernel, named, noted, without
 
 from gdn_ops.kernels.chunk_hopper import has_gluon
 
 if not has_gluon():
     pytest.skip("needs the Gluon of a Triton that is known", allow_module_level=True)
 
-WAITS = {"wait_for_kernel_before": lambda: None}
 KILOBYTES = {"q": 16, "k": 16, "v": 8, "inverse": 8, "weights": 8, "decays": 0.25}
-
-
-def _named(trace, names):
-    return tuple(Tile(trace, name) for name in names.split())
 
 
 def _scan(role, chunks, halves, rows, monkeypatch):
     from gdn_ops.kernels import chunk_scan_hopper as kernel
     from gdn_ops.kernels import chunk_scan_walk as walks
 
-    with noted((kernel, walks), monkeypatch, **WAITS) as trace:
+    with noted((kernel, walks), monkeypatch) as trace:
         function = {
             "low": walks.walk_low,
             "high": walks.walk_high,
@@ -32,8 +27,8 @@ def _scan(role, chunks, halves, rows, monkeypatch):
         tokens = ((ANY, ANY),) * 3
         sources = (*tokens, (ANY, ANY, 64 * chunks, 0), *(ANY,) * 6)
         function(
-            _named(trace, "q k v inverse weights decays o"),
-            _named(trace, "full free"),
+            named(trace, "q k v inverse weights decays o"),
+            named(trace, "full free"),
             sources,
             *((ANY,) * 4, (ANY,) * 4),
             *(ANY, 0, chunks),
@@ -45,15 +40,15 @@ def _scan(role, chunks, halves, rows, monkeypatch):
 def _carry(role, chunks, _halves, rows, monkeypatch):
     from gdn_ops.kernels import chunk_carry_hopper as kernel
 
-    with noted((kernel,), monkeypatch, **WAITS, row_layout=lambda _: ANY) as trace:
+    with noted((kernel,), monkeypatch, row_layout=lambda _: ANY) as trace:
         function = {
             "low": kernel.walk_low,
             "high": kernel.walk_high,
             "load": kernel.load_chunks,
         }[role]
         function(
-            _named(trace, "k v inverse decays"),
-            _named(trace, "full free"),
+            named(trace, "k v inverse decays"),
+            named(trace, "full free"),
             ((ANY, ANY), (ANY, ANY), ANY, ANY),
             *((chunks, True, ANY), (ANY,) * 4),
             (64, 3, rows, ANY),
