@@ -21,6 +21,8 @@ from gdn_ops.kernels import (
 )
 
 H, HV, K, V = HEADS.H, HEADS.HV, HEADS.K, HEADS.V
+# As a rank of tensor parallelism has.
+FEW = Heads(2, 4)
 D, W = 2 * H * K + HV * V, 4
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -34,8 +36,8 @@ def integers(*size: int) -> Tensor:
     return new(*size, dtype=torch.int32)
 
 
-def states(N: int, dtype: torch.dtype = FP32, K: int = K) -> Tensor:
-    return new(N, HV, V, K, dtype=dtype)
+def states(N: int, dtype: torch.dtype = FP32, K: int = K, heads: Heads = HEADS) -> Tensor:
+    return new(N, heads.HV, V, K, dtype=dtype)
 
 
 def tokens(
@@ -86,18 +88,8 @@ def in_two_kernels(call: Callable[[], None]) -> None:
 
 
 def prefill_segments() -> None:
-    """Few heads, as a rank of tensor parallelism has, and tokens for several segments."""
-    few = Heads(2, 4)
-    initial = new(1, few.HV, V, K, dtype=FP32)
-    chunk.chunk(*tokens(1, 8200, heads=few), initial, use_qk_l2norm=True)
-
-
-def prefill_segments_pool() -> None:
-    """The same of packed sequences, in a pool."""
-    few = Heads(2, 4)
-    slots = (integers(2), new(2, dtype=torch.bool), integers(3), integers(2))
-    pool = new(33, few.HV, V, K, dtype=FP32)
-    chunk.chunk_(*tokens(1, 8200, heads=few), pool, *slots, use_qk_l2norm=True)
+    """Few heads, and tokens for several segments."""
+    chunk.chunk(*tokens(1, 8200, heads=FEW), states(1, heads=FEW), use_qk_l2norm=True)
 
 
 def prefill_early() -> None:
@@ -105,9 +97,10 @@ def prefill_early() -> None:
     chunk.chunk(*tokens(1, 16400), states(1, FP32))
 
 
-def prefill_pool() -> None:
-    slots = (integers(7), new(7, dtype=torch.bool), integers(8), integers(7))
-    chunk.chunk_(*tokens(1, 1000), states(33), *slots, use_qk_l2norm=True)
+def prefill_pool(N: int = 7, T: int = 1000, heads: Heads = HEADS) -> None:
+    slots = (integers(N), new(N, dtype=torch.bool), integers(N + 1), integers(N))
+    inputs = (*tokens(1, T, heads=heads), states(33, heads=heads))
+    chunk.chunk_(*inputs, *slots, use_qk_l2norm=True)
 
 
 def prefill_pointers() -> None:
@@ -118,20 +111,13 @@ def prefill_pointers() -> None:
     chunk.chunk(q, k, v, *tokens(16, 1000)[3:])
 
 
-def gradient(dtype: torch.dtype = BF16, K: int = K, B: int = 2) -> None:
-    inputs = (*tokens(B, 1000, dtype, K), states(B, dtype, K), None)
-    do, dfinal_state = new(B, 1000, HV, V, dtype=dtype), states(B, dtype, K)
+def gradient(
+    dtype: torch.dtype = BF16, K: int = K, B: int = 2, T: int = 1000, heads: Heads = HEADS
+) -> None:
+    initial, dfinal_state = (states(B, dtype, K, heads) for _ in range(2))
+    inputs = (*tokens(B, T, dtype, K, heads=heads), initial, None)
+    do = new(B, T, heads.HV, V, dtype=dtype)
     chunk_backward.chunk_backward(do, dfinal_state, *inputs, use_qk_l2norm=True)
-
-
-def gradient_early() -> None:
-    """Two segments, if all heads forget."""
-    few = Heads(8, 16)
-    initial, dfinal_state = (new(1, few.HV, V, K) for _ in range(2))
-    inputs = (*tokens(1, 2100, heads=few), initial, None)
-    chunk_backward.chunk_backward(
-        new(1, 2100, few.HV, V), dfinal_state, *inputs, use_qk_l2norm=True
-    )
 
 
 def convolve() -> None:
@@ -165,7 +151,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=128, bf16": lambda: prefill(16),
     "prefill K=128, bf16, one sequence": lambda: prefill(1),
     "prefill K=128, bf16, segments": prefill_segments,
-    "prefill K=128, bf16, segments, packed, pool": prefill_segments_pool,
+    "prefill K=128, bf16, segments, packed, pool": lambda: prefill_pool(2, 8200, FEW),
     "prefill K=128, bf16, two segments": prefill_early,
     "prefill K=128, bf16, pointers": prefill_pointers,
     "prefill K=128, bf16, packed, pool": prefill_pool,
@@ -182,7 +168,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill K=256, bf16": lambda: prefill(16, K=256),
     "gradient K=128, bf16": gradient,
     "gradient K=128, bf16, many sequences": lambda: gradient(B=16),
-    "gradient K=128, bf16, two segments": gradient_early,
+    # If all heads forget.
+    "gradient K=128, bf16, two segments": lambda: gradient(B=1, T=2100, heads=Heads(8, 16)),
     "gradient K=128, bf16, plain": lambda: plainly(gradient),
     "gradient K=128, fp32": lambda: gradient(FP32),
     "gradient K=64, bf16": lambda: gradient(K=64),
