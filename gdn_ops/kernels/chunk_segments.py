@@ -120,8 +120,8 @@ def choose(
         return WHOLE
     each = max(min(segments // N, length // LEAST), 1)
     is_hopper = serves(BK, V, gpu) and not is_template
-    carry = CARRY_ALONE if 2 * programs * N * (each - 1) <= gpu.multiprocessors else CARRY
-    carry = CARRY_HOPPER if is_hopper else carry
+    is_alone = 2 * programs * N * (each - 1) <= gpu.multiprocessors
+    carry = CARRY_HOPPER if is_hopper else CARRY_ALONE if is_alone else CARRY
     walked = length / each
     rounds = cdiv(N * HV * cdiv(V, chain_tiles(gpu).BV), gpu.multiprocessors)
     cost = walked * carry + CHAIN * each * rounds + START
