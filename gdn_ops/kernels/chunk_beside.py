@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .chunk_hopper import serves
-from .chunk_prepare_beside import begin_kernel
+from .chunk_prepare_beside import ITEMS, begin_kernel
 from .chunk_prepared import Beside, chunk_places
 from .chunk_segments import Split
 from .configs import Gpu, cdiv
@@ -53,10 +53,10 @@ def begin(
     """What ``prepare`` needs of a call of which nothing is done."""
     B, T, H, _ = k.shape
     items = chunk_places(B, T, BT, cu_seqlens) * H
-    done = torch.empty(3 + items, dtype=torch.int32, device=k.device)
+    done = torch.empty(ITEMS.value + items, dtype=torch.int32, device=k.device)
     launch(
         begin_kernel,
-        cdiv(3 + items, 1024),
+        cdiv(len(done), 1024),
         (kept, done),
         (T, B, items),
         num_warps=4,

@@ -12,9 +12,9 @@ everywhere: then all programs work, the scan waits for the last, and nothing is 
 
 Tensors, beside those of chunk_prepare.py:
 
-    done   [3 + items]  int32: how many items, programs of ``prepare_kernel``, are taken; whether
-                        all heads forget; how many programs ended at once; and of each item whether
-                        it is done
+    done   [ITEMS + items]  int32: how many items, programs of ``prepare_kernel``, are taken;
+                            whether all heads forget; how many programs ended at once; and of each
+                            item whether it is done
 """
 
 import triton
@@ -22,6 +22,9 @@ import triton.language as tl
 
 from .chunk_forget import all_forget, segment_chunks
 from .chunk_prepare import prepare_kernel
+
+# Where ``done`` has the first item.
+ITEMS = tl.constexpr(3)
 
 
 @triton.jit
@@ -73,14 +76,14 @@ def begin_kernel(
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Nothing is done yet: BW numbers of ``done``; the grid is ``cdiv(3 + items, BW)``."""
+    """Nothing is done yet: BW numbers of ``done``; the grid is ``cdiv(ITEMS + items, BW)``."""
     o_i = tl.program_id(0) * BW + tl.arange(0, BW)
     b_done = tl.zeros((BW,), tl.int32)
     if HAS_KEPT:
         chunks = segment_chunks(T, B, BT, SEGMENTS, LEAST)
         is_early = all_forget(kept, T, B, chunks, HV, BT, FORGOTTEN, LOOK, BN)
         b_done = tl.where(o_i == 1, is_early.to(tl.int32), b_done)
-    tl.store(done + o_i, b_done, o_i < 3 + items)
+    tl.store(done + o_i, b_done, o_i < items + ITEMS)
 
 
 @triton.jit
@@ -202,5 +205,5 @@ def prepare_beside_kernel(
             )
         # Read again: held in a register beside the item it is one more that is spilled.
         if tl.load(done + 1, volatile=True) == 0:
-            release(done + 3 + i_item)
+            release(done + ITEMS + i_item)
         i_item = tl.atomic_add(done, 1, sem="relaxed")

@@ -39,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .chunk_forget_hopper import all_forget, find_chunk, find_forgotten, find_segment
 from .chunk_prepare import load_bounds
+from .chunk_prepare_beside import ITEMS
 from .chunk_scan_walk import (
     group_barrier,
     tile_layout,
@@ -298,7 +299,7 @@ def scan_hopper_kernel(
     p_decays = decays + (i_place * HV + i_hv) * (ROWS * BT)
     p_done = decays
     if HAS_DONE:
-        p_done = done + 3 + i_place * H + i_h
+        p_done = done + ITEMS + i_place * H + i_h
     # A descriptor ends where the sequence ends: what is past it reads as zero, and is not written.
     rows = gl.maximum(length, 1)
     places = gl.cdiv(rows, BT)
