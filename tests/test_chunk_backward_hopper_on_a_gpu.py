@@ -8,6 +8,7 @@ import pytest
 import torch
 from autograd_oracle import assert_gradients, gradients_by_loop, gradients_of
 from inputs import cu_seqlens, make_inputs, make_state
+from repeats import results_of_repeats
 from tolerance import assert_bitwise_equal
 
 import gdn_ops
@@ -245,19 +246,7 @@ def test_both_walks_beside_each_other_have_the_bits_of_one_after_the_other(B, mo
     def gradients():
         return chunk_backward.chunk_backward(do, None, *args, **options)
 
-    found = [gradients()]
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    torch.cuda.synchronize()
-    for _ in range(10):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                found.append(gradients())
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found.append(gradients())
-    for _ in range(20):
-        graph.replay()
+    found = results_of_repeats(gradients)
     pick = chunk_backward.pick_walks
 
     def in_turn(*sizes):

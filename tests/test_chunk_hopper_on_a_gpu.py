@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from inputs import cu_seqlens, indices, make_inputs, make_state, spread
+from repeats import results_of_repeats
 from tolerance import (
     assert_all_as_accurate_as_plain,
     assert_bitwise_equal,
@@ -332,19 +333,7 @@ def test_chunks_prepared_beside_the_scan_give_the_bits_of_those_before_it(T, rat
     assert chunk.pick_limit(*limit.call_args.args) > 0
     # Segments that forget begin with a state that is zero but for 2**-32 of what was before.
     split = chunk.choose(*choose.call_args.args, **choose.call_args.kwargs)
-    found += [gdn_ops.chunk(*tokens) for _ in range(3)]
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    torch.cuda.synchronize()
-    for _ in range(10):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                found.append(gdn_ops.chunk(*tokens))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found.append(gdn_ops.chunk(*tokens))
-    for _ in range(20):
-        graph.replay()
+    found += results_of_repeats(lambda: gdn_ops.chunk(*tokens))
     monkeypatch.setattr(chunk, "pick_limit", lambda *_: 0)
     monkeypatch.setattr(chunk, "choose", lambda *_, **__: split)
     before = chunk.chunk(*tokens)
