@@ -172,9 +172,7 @@ def _add_prepare(
         HAS_G=g is not None or "g" in gates,
         HAS_BETA=beta is not None or "beta" in gates,
         IS_SCALED=True,
-        STARTS_NEXT=False,
-        PROGRAM=None,
-        PROGRAMS=None,
+        **chunk_prepared.ALONE,
         **constants,
     )
     tensors |= {"inverse": _inductor.realize(inverse), "weights": weights, "decays": G}

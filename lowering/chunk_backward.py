@@ -174,9 +174,7 @@ class _Call:
             call_sizes=[self.places, self.HV],
             HAS_G=self.inputs["g"] is not None,
             IS_SCALED=False,
-            STARTS_NEXT=False,
-            PROGRAM=None,
-            PROGRAMS=None,
+            **chunk_prepared.ALONE,
             **self.flags,
         )
         return {"G": G, "inverse": _inductor.realize(inverse)}

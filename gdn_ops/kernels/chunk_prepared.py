@@ -1,6 +1,6 @@
 """Launching ``prepare_kernel`` (chunk_prepare.py), before a scan or beside it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -67,6 +67,8 @@ class Beside(NamedTuple):
     limit: int
 
 
+# What ``prepare_kernel`` is told where it is launched itself, and no other kernel begins with it.
+ALONE: dict[str, Any] = {"STARTS_NEXT": False, "PROGRAM": None, "PROGRAMS": None}
 # Programs of ``prepare_beside_kernel`` on a multiprocessor: of 255 registers a thread and 49 KiB.
 BESIDE = 2
 # Of float32 products: of the inverse, and with float32 inputs of all others.
@@ -153,9 +155,7 @@ def prepare(
         STAGES=choice.STAGES,
         HEADS=choice.HEADS,
         NORMS_BY_PRODUCT=choice.NORMS_BY_PRODUCT,
-        STARTS_NEXT=starts_next,
-        PROGRAM=None,
-        PROGRAMS=None,
+        **(ALONE | {"STARTS_NEXT": starts_next}),
         num_warps=choice.num_warps,
         num_stages=1,
     )
